@@ -1,0 +1,191 @@
+"""TAG records: one JSON line a face. Images are referenced, never copied.
+
+    {"id": "synth-test-000012", "image": "test/000012.png", "dataset": "synth", "split": "test", "label": "fear",
+     "aus": [{"au": "AU5", "score": 0.81, "box": [120, 150, 392, 215]}, ...],    activated AUs, best score first
+     "candidates": ["AU5", "AU20", "AU1"],                                       the top N = 3 of them
+     "trace": "<think>...</think><answer>fear</answer>" or null,
+     "detector": "mediapipe", "size": [640, 480], "provenance": {...}}
+
+`aus` are the activated AUs (score at or above the detector's threshold) with one box each on the 512 canvas; they are
+what R_AU and the AU IoU metric are measured against. A face on which nothing was activated has `aus: []`.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tag.boxes import Box, is_valid
+from tag.labels import CLASS_INDEX
+
+NUM_CANDIDATES = 3
+MAX_LINE = 1 << 20  # a longer line is not a record of ours
+
+
+class DataError(ValueError):
+    """Bad input data; the message is one line that says what, where and what to do."""
+
+
+@dataclass(frozen=True)
+class AU:
+    """One activated action unit: name ("AU12"), detector score in [0, 1], box on the 512 canvas."""
+
+    au: str
+    score: float
+    box: Box
+
+
+@dataclass(frozen=True)
+class Record:
+    """One face of a data set, see the module docstring."""
+
+    id: str
+    image: str
+    dataset: str
+    split: str
+    label: str
+    aus: list[AU] = field(default_factory=list)
+    candidates: list[str] = field(default_factory=list)
+    trace: str | None = None
+    detector: str = ""
+    size: tuple[int, int] = (0, 0)  # (width, height) of the image file
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def au_boxes(self) -> list[Box]:
+        """Boxes of all activated AUs, (n, 4)."""
+        return [a.box for a in self.aus]
+
+    @property
+    def candidate_aus(self) -> list[AU]:
+        """The top-N AUs, in the order of `candidates`."""
+        by_name = {a.au: a for a in self.aus}
+        return [by_name[name] for name in self.candidates]
+
+
+def to_line(record: Record) -> str:
+    """The record as one JSON line, without the newline."""
+    return json.dumps(asdict(record), ensure_ascii=False)
+
+
+def from_line(line: str, where: str = "record") -> Record:
+    """Parse and validate one JSON line. Raises DataError naming `where` (file:line) and the field."""
+
+    def bad(what: str) -> DataError:
+        return DataError(f"{where}: {what}")
+
+    if len(line) > MAX_LINE:
+        raise bad(f"a line of {len(line)} characters is not a TAG record")
+    try:
+        raw = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise bad(f"not valid JSON ({e})") from None
+    if not isinstance(raw, dict):
+        raise bad("not a JSON object")
+    for name in ("id", "image", "dataset", "split", "label"):
+        if not isinstance(raw.get(name), str) or not raw[name]:
+            raise bad(f"field '{name}' must be a non-empty string, got {str(raw.get(name))[:40]!r}")
+    if raw["label"] not in CLASS_INDEX:
+        raise bad(f"field 'label': unknown class {raw['label'][:40]!r}; expected one of {', '.join(CLASS_INDEX)}")
+    if not isinstance(raw.get("aus", []), list):
+        raise bad("field 'aus' must be a list")
+    aus = [_read_au(entry, f"{where}: field 'aus[{i}]'") for i, entry in enumerate(raw.get("aus", []))]
+    names = [a.au for a in aus]
+    if len(set(names)) != len(names):
+        raise bad("field 'aus' names an AU twice")
+    candidates = raw.get("candidates", names[:NUM_CANDIDATES])
+    if not isinstance(candidates, list) or any(c not in names for c in candidates):
+        raise bad("field 'candidates' must list names that occur in 'aus'")
+    trace = raw.get("trace")
+    if trace is not None and not isinstance(trace, str):
+        raise bad("field 'trace' must be a string or null")
+    size = raw.get("size", (0, 0))
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(v, int) and v >= 0 for v in size):
+        raise bad("field 'size' must be [width, height]")
+    if not isinstance(raw.get("detector", ""), str) or not isinstance(raw.get("provenance", {}), dict):
+        raise bad("field 'detector' must be a string and 'provenance' an object")
+    return Record(
+        id=raw["id"],
+        image=raw["image"],
+        dataset=raw["dataset"],
+        split=raw["split"],
+        label=raw["label"],
+        aus=aus,
+        candidates=candidates,
+        trace=trace,
+        detector=raw.get("detector", ""),
+        size=tuple(size),
+        provenance=raw.get("provenance", {}),
+    )
+
+
+def read_records(path: str | os.PathLike, split: str | None = None) -> list[Record]:
+    """All records of a JSONL file, of one split if named. Raises DataError (file:line: field) on the first bad one.
+
+    Also raised: the file is missing, an id occurs twice, or nothing is left (an empty split).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such records file")
+    records: list[Record] = []
+    seen: dict[str, int] = {}
+    for number, line in _lines(path):
+        record = from_line(line, f"{path}:{number}")
+        if record.id in seen:
+            raise DataError(
+                f"{path}:{number}: field 'id': {record.id[:60]!r} was already used on line {seen[record.id]}"
+            )
+        seen[record.id] = number
+        if split is None or record.split == split:
+            records.append(record)
+    if not records:
+        found = "no records" if not seen else f"none of its {len(seen)} records is of split {split!r}"
+        raise DataError(f"{path}: {found}")
+    return records
+
+
+def write_records(path: str | os.PathLike, records: Iterable[Record]) -> int:
+    """Write records beside `path` and rename over it; returns how many."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    count = 0
+    with open(partial, "w", encoding="utf-8") as f:
+        for record in records:
+            f.write(to_line(record) + "\n")
+            count += 1
+    os.replace(partial, path)
+    return count
+
+
+def resolve_image(record: Record, image_root: str | os.PathLike) -> Path:
+    """Absolute path of the record's image. Raises DataError if it leaves `image_root` or does not exist."""
+    root = Path(image_root).resolve()
+    path = (root / record.image).resolve()
+    if not path.is_relative_to(root):
+        raise DataError(f"record {record.id!r}: image path {record.image!r} leaves the image root {root}")
+    if not path.is_file():
+        raise DataError(f"record {record.id!r}: no image {path}; is --image-root right?")
+    return path
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                yield number, line
+
+
+def _read_au(entry: Any, where: str) -> AU:
+    if not isinstance(entry, dict):
+        raise DataError(f"{where} must be an object with au, score and box")
+    name, score, box = entry.get("au"), entry.get("score"), entry.get("box")
+    if not isinstance(name, str) or not name.startswith("AU") or not name[2:].isdigit():
+        raise DataError(f"{where}.au: {str(name)[:40]!r} is not an AU name such as 'AU12'")
+    if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+        raise DataError(f"{where}.score: {str(score)[:40]} is not a number in [0, 1]")
+    if not isinstance(box, list) or not is_valid(box):
+        raise DataError(f"{where}.box: {str(box)[:60]} is not [x1, y1, x2, y2] with 0 <= x1 < x2 <= 511 (same for y)")
+    return AU(name, float(score), tuple(box))
