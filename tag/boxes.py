@@ -36,8 +36,11 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def clip_to_canvas(box: Sequence[float]) -> Box:
-    """Round to integers and clip to [0, 511], keeping at least one unit of extent on each axis."""
-    low_x, low_y, high_x, high_y = (min(max(int(round(v)), 0), CANVAS_SIZE - 1) for v in box)
+    """Clip to [0, 511] and round to integers, keeping at least one unit of extent on each axis.
+
+    Infinite coordinates are clipped like any other; raises ValueError on NaN.
+    """
+    low_x, low_y, high_x, high_y = (round(float(min(max(v, 0), CANVAS_SIZE - 1))) for v in box)
     if high_x <= low_x:
         low_x, high_x = (low_x, low_x + 1) if low_x < CANVAS_SIZE - 1 else (low_x - 1, low_x)
     if high_y <= low_y:

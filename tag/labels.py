@@ -6,7 +6,7 @@ CLASS_INDEX = {name: i for i, name in enumerate(CLASSES)}
 # Contempt and the annotators' "no expression to be had" codes are dropped from every data set (7-class protocol).
 DROPPED = frozenset({"contempt", "unknown", "nf", "none", "uncertain", "non-face"})
 
-_SYNONYMS = {
+SYNONYMS = {
     "angry": "anger",
     "disgusted": "disgust",
     "fearful": "fear",
@@ -26,8 +26,8 @@ def normalise_label(text: str) -> str | None:
     word = text.strip().lower()
     if word in CLASS_INDEX:
         return word
-    if word in _SYNONYMS:
-        return _SYNONYMS[word]
+    if word in SYNONYMS:
+        return SYNONYMS[word]
     if word in DROPPED:
         return None
     raise ValueError(f"unknown expression label {text[:40]!r}; expected one of {', '.join(CLASSES)}")

@@ -10,29 +10,32 @@ import re
 from dataclasses import dataclass, field
 
 from tag.boxes import Box, is_valid
-from tag.labels import CLASS_INDEX
+from tag.labels import CLASS_INDEX, SYNONYMS
 
 MAX_BOXES = 3
 
-# What can be wrong with a trace, in the order in which it is reported.
-RULES = (
-    "think_missing",  # no complete <think>...</think>
-    "think_repeated",  # an opening or closing think tag occurs twice
-    "answer_missing",  # no complete <answer>...</answer>
-    "answer_repeated",  # an opening or closing answer tag occurs twice
-    "order",  # the answer does not come after the think block
-    "text_outside",  # something other than white space outside the two blocks
-    "label_unknown",  # the answer is not one of the seven classes
-    "box_malformed",  # a bbox tag that is not <bbox>[x1, y1, x2, y2]</bbox> with a valid box
-    "box_outside",  # a bbox tag outside the think block
-    "too_many_boxes",  # more than three
-)
+# What can be wrong with a trace, in the order in which it is reported, and what to tell a reader of a report.
+RULE_TEXT = {
+    "think_missing": "no complete <think>...</think>",
+    "think_repeated": "an opening or closing think tag occurs twice",
+    "answer_missing": "no complete <answer>...</answer>",
+    "answer_repeated": "an opening or closing answer tag occurs twice",
+    "order": "the answer does not come after the think block",
+    "text_outside": "something other than white space outside the two blocks",
+    "label_unknown": "the answer is not one of the seven classes",
+    "box_malformed": "a bbox tag that is not <bbox>[x1, y1, x2, y2]</bbox> with a valid box",
+    "box_outside": "a box outside the think block",
+    "too_many_boxes": "more than three boxes",
+}
+RULES = tuple(RULE_TEXT)
 
 _SPACE = r"[ \t\n]{0,8}"  # bounded, so that hostile text cannot make matching slow
 _NUMBER = rf"{_SPACE}([0-9]{{1,4}}){_SPACE}"
 _BOX = re.compile(rf"<bbox>{_SPACE}\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]{_SPACE}</bbox>")
 _BOX_TAG = re.compile(r"</?bbox>")
 _AU = re.compile(r"\bAU ?([0-9]{1,2})\b")
+# Whole words only ("unhappiness" is not happiness), the usual adjectives included ("The person looks sad.").
+_LABEL_WORD = re.compile(rf"\b(?:{'|'.join([*CLASS_INDEX, *SYNONYMS])})\b")
 
 
 @dataclass(frozen=True)
@@ -106,15 +109,24 @@ def parse(text: str) -> Trace:
 
 
 def parse_lenient_label(text: str) -> str | None:
-    """The class a reader would take from free text: the answer block if it holds one, else the last class word named.
+    """The class a reader would take from free text: the answer block if it names one, else the last class word.
 
-    For models that do not know the format (baselines); reported beside the strict reading, never instead of it.
+    "happy", "sad", ... count as their class. For models that do not know the format (baselines); reported beside the
+    strict reading, never instead of it.
     """
-    answer = parse(text).answer
-    if answer is not None:
-        return answer
-    words = re.findall("|".join(CLASS_INDEX), text.lower())
-    return words[-1] if words else None
+    trace = parse(text)
+    if trace.answer is not None:
+        return trace.answer
+    for part in (trace.answer_text or "", text):
+        words = _LABEL_WORD.findall(part.lower())
+        if words:
+            return SYNONYMS.get(words[-1], words[-1])
+    return None
+
+
+def au_mentions(text: str) -> list[tuple[str, tuple[int, int]]]:
+    """Every AU mention in text order, repeats included, with its character span: `"AU 6"` -> `[("AU6", (0, 4))]`."""
+    return [(f"AU{int(m.group(1))}", m.span()) for m in _AU.finditer(text)]
 
 
 def named_aus(text: str) -> list[str]:

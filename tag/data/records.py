@@ -12,16 +12,19 @@ what R_AU and the AU IoU metric are measured against. A face on which nothing wa
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tag.boxes import Box, is_valid
+from tag.files import replacing
 from tag.labels import CLASS_INDEX
 
 NUM_CANDIDATES = 3
-MAX_LINE = 1 << 20  # a longer line is not a record of ours
+MAX_LINE = 1 << 20  # a longer line (in bytes) is not a record of ours
+_AU_NAME = re.compile(r"AU[1-9][0-9]?")  # not str.isdigit: it takes superscripts and other scripts' digits
 
 
 class DataError(ValueError):
@@ -67,7 +70,13 @@ class Record:
 
 def to_line(record: Record) -> str:
     """The record as one JSON line, without the newline."""
-    return json.dumps(asdict(record), ensure_ascii=False)
+    fields = {**vars(record), "aus": [vars(a) for a in record.aus]}
+    line = json.dumps(fields, ensure_ascii=False)
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and UTF-8 cannot: escape such a line
+        return json.dumps(fields)
+    return line
 
 
 def from_line(line: str, where: str = "record") -> Record:
@@ -80,7 +89,7 @@ def from_line(line: str, where: str = "record") -> Record:
         raise bad(f"a line of {len(line)} characters is not a TAG record")
     try:
         raw = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # ValueError: bad JSON, or an integer of thousands of digits
         raise bad(f"not valid JSON ({e})") from None
     if not isinstance(raw, dict):
         raise bad("not a JSON object")
@@ -98,11 +107,13 @@ def from_line(line: str, where: str = "record") -> Record:
     candidates = raw.get("candidates", names[:NUM_CANDIDATES])
     if not isinstance(candidates, list) or any(c not in names for c in candidates):
         raise bad("field 'candidates' must list names that occur in 'aus'")
+    if len(set(candidates)) != len(candidates):
+        raise bad("field 'candidates' names an AU twice")
     trace = raw.get("trace")
     if trace is not None and not isinstance(trace, str):
         raise bad("field 'trace' must be a string or null")
     size = raw.get("size", (0, 0))
-    if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(v, int) and v >= 0 for v in size):
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(v) is int and v >= 0 for v in size):
         raise bad("field 'size' must be [width, height]")
     if not isinstance(raw.get("detector", ""), str) or not isinstance(raw.get("provenance", {}), dict):
         raise bad("field 'detector' must be a string and 'provenance' an object")
@@ -148,41 +159,49 @@ def read_records(path: str | os.PathLike, split: str | None = None) -> list[Reco
 
 def write_records(path: str | os.PathLike, records: Iterable[Record]) -> int:
     """Write records beside `path` and rename over it; returns how many."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     count = 0
-    with open(partial, "w", encoding="utf-8") as f:
+    with replacing(path) as f:
         for record in records:
             f.write(to_line(record) + "\n")
             count += 1
-    os.replace(partial, path)
     return count
 
 
 def resolve_image(record: Record, image_root: str | os.PathLike) -> Path:
     """Absolute path of the record's image. Raises DataError if it leaves `image_root` or does not exist."""
     root = Path(image_root).resolve()
-    path = (root / record.image).resolve()
+    try:
+        path = (root / record.image).resolve()
+        found = path.is_file()
+    except (OSError, ValueError) as e:  # a name too long for the file system, or one with a null byte
+        raise DataError(f"record {record.id!r}: image path {record.image[:60]!r} is not a path ({e})") from None
     if not path.is_relative_to(root):
         raise DataError(f"record {record.id!r}: image path {record.image!r} leaves the image root {root}")
-    if not path.is_file():
+    if not found:
         raise DataError(f"record {record.id!r}: no image {path}; is --image-root right?")
     return path
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with open(path, encoding="utf-8", errors="replace") as f:
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                yield number, line
+    # Bytes, read with a limit: a file without newlines is refused before it fills the memory, and text that is not
+    # UTF-8 is named where it stands, not replaced by question marks.
+    with open(path, "rb") as f:
+        for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):
+            if len(line) > MAX_LINE:
+                raise DataError(f"{path}:{number}: a line of more than {MAX_LINE} bytes is not a TAG record")
+            if not line.strip():
+                continue
+            try:
+                yield number, line.decode("utf-8")
+            except UnicodeDecodeError as e:
+                raise DataError(f"{path}:{number}: not UTF-8 text (byte {e.start + 1} of the line)") from None
 
 
 def _read_au(entry: Any, where: str) -> AU:
     if not isinstance(entry, dict):
         raise DataError(f"{where} must be an object with au, score and box")
     name, score, box = entry.get("au"), entry.get("score"), entry.get("box")
-    if not isinstance(name, str) or not name.startswith("AU") or not name[2:].isdigit():
+    if not isinstance(name, str) or not _AU_NAME.fullmatch(name):
         raise DataError(f"{where}.au: {str(name)[:40]!r} is not an AU name such as 'AU12'")
     if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
         raise DataError(f"{where}.score: {str(score)[:40]} is not a number in [0, 1]")

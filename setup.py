@@ -1,0 +1,27 @@
+"""Package metadata. Exact versions that were tested together stand in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="tag-fer",
+    version="0.1.0",
+    description="TAG: thinking with action unit grounding for facial expression recognition, in plain PyTorch",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["tag", "tag.*"]),
+    package_data={"tag": ["assets/tiny-qwen2.5-vl/*", "au/*.json", "synth/*.json"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "pillow>=11",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "data": ["mediapipe>=0.10.30"],  # face landmarks and blendshapes; older ones drag in JAX and numpy < 2
+        "flash": ["flash-attn>=2.7"],  # a source build; used when importable, never required
+        "track": ["tensorboard>=2.17"],  # metrics.jsonl is written in any case
+        "dev": ["pytest>=8", "pytest-timeout", "ruff==0.17.6", "peft>=0.18", "mediapipe>=0.10.30", "tensorboard>=2.17"],
+    },
+)

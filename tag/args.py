@@ -1,0 +1,104 @@
+"""What the command lines share: presets, one-line errors with exit code 2, and the run folder's identity."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tag.data.records import DataError
+
+
+class UsageError(ValueError):
+    """A wrong flag or folder; the message is one line that says what, where and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults shown in --help and `--preset NAME` applied before the other flags."""
+
+    def __init__(self, doc: str | None, presets: dict[str, dict] | None = None) -> None:
+        summary = (doc or "").strip()
+        super().__init__(description=summary, formatter_class=_HelpFormatter, allow_abbrev=False)
+        self.presets = presets or {}
+        if self.presets:
+            self.add_argument("--preset", choices=sorted(self.presets), help="a documented set of defaults")
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:  # type: ignore[override]
+        """Parse; values of the chosen preset replace defaults, flags on the command line win over both."""
+        argv = sys.argv[1:] if args is None else list(args)
+        if self.presets:
+            first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            first.add_argument("--preset")
+            chosen = first.parse_known_args(argv)[0].preset
+            values = self.presets.get(chosen, {})
+            known = {action.dest for action in self._actions}
+            if unknown := set(values) - known:
+                raise AssertionError(f"preset {chosen} sets flags that do not exist: {sorted(unknown)}")
+            self.set_defaults(**values)
+            for action in self._actions:
+                if action.dest in values:
+                    action.required = False
+        return super().parse_args(argv, namespace)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main; bad usage or input becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except (UsageError, DataError) as e:
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"[rank {rank}] "
+        print(f"{where}error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise UsageError(message) unless `condition`."""
+    if not condition:
+        raise UsageError(message)
+
+
+# Flags that say how a run is computed, not which run it is: they may change when it is resumed.
+RUNTIME_FLAGS = frozenset(
+    {"micro_tokens", "device", "threads", "save_every", "keep_checkpoints", "rollout_rows", "activation_checkpointing"}
+    | {"shard", "stop_after", "cache_gb", "show_rollouts"}
+)
+
+
+def claim_run_folder(out: str | os.PathLike, script: str, args: argparse.Namespace, is_main: bool) -> bool:
+    """Make `out` this run's folder; True if it holds an earlier part of the same run (which is then resumed).
+
+    The same run means the same script and the same flags, those of `RUNTIME_FLAGS` aside. Anything else in the folder
+    is another run's: UsageError, nothing is touched.
+    """
+    out = Path(out)
+    card = out / "run.json"
+    mine = json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in RUNTIME_FLAGS}, default=str))
+    if not card.is_file():
+        if out.is_dir() and any(out.iterdir()):
+            raise UsageError(f"{out} is not empty and holds no run of ours; choose another --out")
+        if is_main:
+            out.mkdir(parents=True, exist_ok=True)
+        return False
+    try:
+        theirs = json.loads(card.read_text())
+        other_script, other = theirs["script"], theirs["args"]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+        raise UsageError(f"{card} cannot be read; choose another --out") from None
+    if other_script != script:
+        raise UsageError(f"{out} holds a run of {other_script}; choose another --out")
+    changed = [k for k in mine if other.get(k) != mine[k]]
+    if changed:
+        k = changed[0]
+        raise UsageError(
+            f"{out} holds another run: --{k.replace('_', '-')} was {other.get(k)!r} there and is {mine[k]!r} now; "
+            "repeat the same command to resume it, or choose another --out"
+        )
+    return True

@@ -1,0 +1,160 @@
+"""Processes and sharding: `torchrun` or plain python, gloo on CPU, NCCL on GPUs, FSDP2.
+
+What is sharded: the decoder layers (one unit each) and the root (embeddings, final norm, output head). What is not: the
+vision tower and the projector. They are small (0.7 of 8.3 billion parameters), frozen or nearly so, and left whole they
+need no collective, so ranks may encode different numbers of faces at any time without waiting for each other.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+SHARDING = ("full", "hybrid", "none")
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process among the others."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that prints and writes shared files."""
+        return self.rank == 0
+
+    def print(self, *text: object) -> None:
+        """Print on the main process only."""
+        if self.is_main:
+            print(*text, flush=True)
+
+    # The three collectives the loops use. With one process they are the identity.
+
+    def sum(self, value: float | Tensor) -> Tensor:
+        """Sum over ranks, float64 () or the tensor's own shape and dtype."""
+        tensor = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+        tensor = tensor.detach().to(self.device, copy=True)
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, value: float) -> float:
+        """Largest value over ranks."""
+        tensor = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor)
+
+    def gather(self, value: object) -> list:
+        """The values of all ranks, in rank order, on every rank. For small python objects of our own making."""
+        if self.world == 1:
+            return [value]
+        values: list = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for the others."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def setup(device: str = "auto", threads: int = 0) -> Dist:
+    """Join the process group `torchrun` describes, or be alone. Call `cleanup` in a finally block."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(chosen)
+    else:
+        chosen = torch.device(device)
+    if threads:
+        torch.set_num_threads(threads)
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        # A first step may compile kernels and fill caches on one rank long before the others.
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(minutes=15))
+    return Dist(rank, world, chosen)
+
+
+def cleanup() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(vlm: nn.Module, here: Dist, mode: str = "full", nodes: int | None = None) -> bool:
+    """Shard `vlm` (a tag.vlm.VLM) in place with FSDP2; returns whether it was sharded (one process never is).
+
+    full: over all ranks. hybrid: sharded within a node, replicated across nodes (a 2-D mesh). none: replicated, the
+    loop sums gradients itself. Order: LoRA -> freeze -> (activation checkpointing) -> shard; do the first three before.
+    """
+    if mode not in SHARDING:
+        raise ValueError(f"unknown sharding {mode!r}; expected one of {', '.join(SHARDING)}")
+    if here.world == 1 or mode == "none":
+        return False
+    if mode == "hybrid":
+        nodes = nodes or max(1, here.world // int(os.environ.get("LOCAL_WORLD_SIZE", here.world)))
+        mesh = init_device_mesh(here.device.type, (nodes, here.world // nodes), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(here.device.type, (here.world,), mesh_dim_names=("shard",))
+    # Trained fp32 masters and frozen bf16 weights share a unit: both compute in the model's dtype, gradients are fp32.
+    policy = MixedPrecisionPolicy(param_dtype=vlm.compute_dtype, reduce_dtype=torch.float32)
+    whole = set(vlm.hf_model.model.visual.parameters())
+    for layer in vlm.hf_model.model.language_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(vlm, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    for module in vlm.modules():
+        if isinstance(module, FSDPModule):
+            # FSDP averages nothing: every loss is already divided by one normaliser of the whole optimizer step, so
+            # gradients simply add up. (Sum-reduction is forced because gloo has no pre-multiplied sum.)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return True
+
+
+def set_gradient_sync(vlm: nn.Module, on: bool) -> None:
+    """Whether the next backward reduces gradients over ranks (FSDP2); off for all micro-batches but the last."""
+    if isinstance(vlm, FSDPModule):
+        vlm.set_requires_gradient_sync(on)
+
+
+def sum_replicated_gradients(params: list[nn.Parameter], here: Dist) -> None:
+    """Add up over ranks the gradients that FSDP2 does not: those of parameters left whole (a collective each)."""
+    if here.world == 1:
+        return
+    for param in params:
+        if not isinstance(param, DTensor):
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+            dist.all_reduce(param.grad)
+
+
+def clip_gradients(params: list[nn.Parameter], max_norm: float) -> float:
+    """Scale all gradients so that their joint 2-norm is at most `max_norm`; returns the norm before.
+
+    Works on sharded and whole parameters side by side. A non-finite norm leaves the gradients as they are: the caller
+    decides what to do with the step.
+    """
+    squares = torch.zeros((), dtype=torch.float64)
+    for param in params:
+        if param.grad is not None:
+            norm = torch.linalg.vector_norm(param.grad, dtype=torch.float32)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            squares += norm.double().cpu() ** 2
+    total = float(squares.sqrt())
+    if max_norm > 0 and total > max_norm and torch.isfinite(squares):
+        for param in params:
+            if param.grad is not None:
+                param.grad.mul_(max_norm / (total + 1e-6))
+    return total
