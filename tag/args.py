@@ -7,11 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tag.data.records import DataError
-
-
-class UsageError(ValueError):
-    """A wrong flag or folder; the message is one line that says what, where and what to do."""
+from tag.errors import DataError, UsageError
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,6 +19,10 @@ class Parser(argparse.ArgumentParser):
         self.presets = presets or {}
         if self.presets:
             self.add_argument("--preset", choices=sorted(self.presets), help="a documented set of defaults")
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """One line instead of the whole usage."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:  # type: ignore[override]
         """Parse; values of the chosen preset replace defaults, flags on the command line win over both."""

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tag.errors import DataError
+
 # Every attention and MLP linear of a Qwen2.5-VL decoder layer (paper C.1).
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."
@@ -134,6 +136,12 @@ def set_trainable(model: nn.Module, name: str | None) -> None:
                 param.requires_grad_(adapter == name)
 
 
+def set_dropout(model: nn.Module, p: float) -> None:
+    """Dropout of all adapters. RL runs without: with it, the policy that is scored is not the one that sampled."""
+    for layer in lora_layers(model).values():
+        layer.dropout = dict.fromkeys(layer.dropout, p)
+
+
 @torch.no_grad()
 def copy_adapter(model: nn.Module, source: str, target: str) -> None:
     """Make adapter `target` a frozen copy of `source` (creating it if need be). Works on sharded parameters too."""
@@ -200,46 +208,47 @@ def save_adapter(
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "policy") -> tuple[str, ...]:
-    """Add adapter `name` from a folder in PEFT's format (ours or PEFT's own); returns the modules_to_save it held.
+    """Add adapter `name` from a folder in PEFT's format (ours or PEFT's own).
 
-    Call before sharding. Raises ValueError (one line) when the folder holds no adapter, or one of another model.
+    Returns the paths of the modules it holds in full (`modules_to_save`), loaded as well. Call before sharding. Raises DataError (one line) when the folder holds no adapter, or one of another model.
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
     rank, alpha, dropout = int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0))
     if config.get("use_rslora") or config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise ValueError(f"{folder}: rsLoRA, DoRA and per-layer ranks are not supported")
+        raise DataError(f"{folder}: rsLoRA, DoRA and per-layer ranks are not supported")
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as f:
         state = {key.removeprefix(PEFT_PREFIX): f.get_tensor(key) for key in f.keys()}
 
     found = {key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")}
     targets = tuple(sorted({path.rsplit(".", 1)[-1] for path in found}))
     if not targets:
-        raise ValueError(f"{folder}: adapter_model.safetensors holds no lora_A weights")
+        raise DataError(f"{folder}: adapter_model.safetensors holds no lora_A weights")
     add_lora(model, rank, alpha, dropout, name, targets=targets)
     layers = lora_layers(model)
     if set(layers) != found:
         odd = sorted(set(layers) ^ found)[0]
-        raise ValueError(f"{folder}: made for another architecture (layer {odd!r} is not in both)")
+        raise DataError(f"{folder}: made for another architecture (layer {odd!r} is not in both)")
     with torch.no_grad():
         for path, layer in layers.items():
             for key, param in (("lora_A", layer.lora_A[name]), ("lora_B", layer.lora_B[name])):
                 _copy_checked(param, state.pop(f"{path}.{key}.weight"), f"{folder}: {path}.{key}")
-        modules_to_save = tuple(config.get("modules_to_save") or ())
-        for path in modules_to_save:
+        saved_modules = []
+        for path in config.get("modules_to_save") or ():
             # PEFT names them by suffix; ours are full paths.
             full_path = next((p for p, _ in model.named_modules() if p == path or p.endswith("." + path)), None)
             if full_path is None:
-                raise ValueError(f"{folder}: module {path!r} is not in this model")
+                raise DataError(f"{folder}: module {path!r} is not in this model")
             for key, param in model.get_submodule(full_path).named_parameters():
                 _copy_checked(param, state.pop(f"{full_path}.{key}"), f"{folder}: {full_path}.{key}")
+            saved_modules.append(full_path)
     if state:
-        raise ValueError(f"{folder}: {len(state)} tensors have no place in this model, e.g. {next(iter(state))!r}")
-    return modules_to_save
+        raise DataError(f"{folder}: {len(state)} tensors have no place in this model, e.g. {next(iter(state))!r}")
+    return tuple(saved_modules)
 
 
 def read_adapter_config(folder: str | os.PathLike) -> dict:
-    """The adapter_config.json of a folder. Raises ValueError when it is not a LoRA adapter folder."""
+    """The adapter_config.json of a folder. Raises DataError when it is not a LoRA adapter folder."""
     path = Path(folder) / "adapter_config.json"
     if not path.is_file() or not (Path(folder) / "adapter_model.safetensors").is_file():
         raise ValueError(
@@ -250,13 +259,13 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
         if config["peft_type"] != "LORA" or int(config["r"]) < 1:
             raise ValueError
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: not a LoRA adapter configuration") from None
+        raise DataError(f"{path}: not a LoRA adapter configuration") from None
     return config
 
 
 def _copy_checked(param: Tensor, value: Tensor, where: str) -> None:
     if param.shape != value.shape:
-        raise ValueError(f"{where} has shape {tuple(value.shape)}, this model needs {tuple(param.shape)}")
+        raise DataError(f"{where} has shape {tuple(value.shape)}, this model needs {tuple(param.shape)}")
     if isinstance(param, DTensor):
         value = distribute_tensor(value.to(param.device), param.device_mesh, param.placements)
     param.copy_(value)

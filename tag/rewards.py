@@ -190,6 +190,16 @@ def is_whole_face(box: Box) -> bool:
     return area(box) > WHOLE_FACE_SHARE * CANVAS_SIZE**2
 
 
+def reward_means(rewards: Sequence[Rewards]) -> dict[str, float]:
+    """Mean reward and its parts over completions; `reward_au` over those on faces where the part is present."""
+    return {
+        "reward": _rate(r.total for r in rewards),
+        "reward_fmt": _rate(r.fmt for r in rewards),
+        "reward_ans": _rate(r.ans for r in rewards),
+        "reward_au": _rate(r.au for r in rewards if r.au is not None),
+    }
+
+
 def audit(rewards: Sequence[Rewards], group_size: int, use_std: bool = True) -> dict[str, float]:
     """What the policy does with the AU reward, as flat numbers for the log of a step.
 

@@ -19,6 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from tag.boxes import MODEL_SIZE, Canvas
 from tag.data.batching import Batch, Prompt
+from tag.errors import DataError
 from tag.grpo import token_logprobs_and_entropy
 from tag.lora import LoRALinear, full_tensor
 from tag.prompts import TAG_PROMPT
@@ -36,6 +37,7 @@ class VLM(nn.Module):
         self.hf_model = hf_model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        self.kept_projectors: dict[str, dict[str, Tensor]] = {}
         self.source = source  # where the base came from, for the run card and adapter_config.json
         self.text_config = hf_model.config.text_config
         self.image_token_id = hf_model.config.image_token_id
@@ -86,59 +88,56 @@ class VLM(nn.Module):
         patches = self.image_processor(images=square, return_tensors="pt", size=size)["pixel_values"]
         return patches.view(len(square), self.grid**2, -1)
 
-    def _tower(self, pixel_values: Tensor) -> Tensor:
-        """(B, patches, .) -> tower states (B, patches, D) in merge order: each four consecutive ones make one token."""
-        B = len(pixel_values)
-        grid_thw = torch.tensor([[1, self.grid, self.grid]] * B, device=pixel_values.device)
-        # The projector's weights may be fp32 masters; the tower calls it too (its result is not used here).
-        weights = {f"merger.{name}": p for name, p in self._projector_weights().items()}
-        pixels = pixel_values.flatten(0, 1).to(self.compute_dtype)
-        visual = self.hf_model.model.visual
-        hidden = functional_call(visual, weights, (pixels,), {"grid_thw": grid_thw}).last_hidden_state
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image.Image], chunk: int = 64) -> Tensor:
+        """States of the frozen vision tower, (B, patches, D) in merge order: each four consecutive ones make one token.
+
+        The vision tower is never sharded (see tag/dist.py), so ranks may call this as often as they need.
+        """
         # The tower leaves its tokens ordered by attention window; undo it so that no one else needs to know.
-        order = window_order(self.grid // self.merge_size, self.window).to(hidden.device)  # (K,)
-        hidden = hidden.view(B, self.tokens_per_image, self.merge_size**2, -1)
-        return hidden[:, order.argsort()].flatten(1, 2)
+        order = window_order(self.grid // self.merge_size, self.window).to(self.device)  # (K,)
+        # HF's tower calls the projector too (its result is not used here), whose weights may be fp32 masters.
+        weights = {f"merger.{name}": p for name, p in self._projector_weights(None).items()}
+        parts = []
+        for start in range(0, len(images), chunk):
+            pixels = self.pixel_values(images[start : start + chunk]).to(self.device, self.compute_dtype)
+            B = len(pixels)
+            grid_thw = torch.tensor([[1, self.grid, self.grid]] * B, device=self.device)
+            visual = self.hf_model.model.visual
+            out = functional_call(visual, weights, (pixels.flatten(0, 1),), {"grid_thw": grid_thw})
+            hidden = out.last_hidden_state.view(B, self.tokens_per_image, self.merge_size**2, -1)
+            parts.append(hidden[:, order.argsort()].flatten(1, 2))
+        return torch.cat(parts)
 
-    def _project(self, tower: Tensor) -> Tensor:
-        """Tower states (B, patches, D) -> visual tokens (B, K, H), in the compute dtype."""
-        merged = functional_call(
-            self.projector, self._projector_weights(), (tower.flatten(0, 1).to(self.compute_dtype),)
-        )
+    def project(self, tower: Tensor, projector: str | None = None) -> Tensor:
+        """Tower states (B, patches, D) -> visual tokens (B, K, H), by the current projector or a kept one."""
+        states = tower.flatten(0, 1).to(self.compute_dtype)  # (B * patches, D)
+        merged = functional_call(self.projector, self._projector_weights(projector), (states,))
         return merged.view(len(tower), self.tokens_per_image, -1)
-
-    def _projector_weights(self) -> dict[str, Tensor]:
-        return {name: p.to(self.compute_dtype) for name, p in self.projector.named_parameters()}
 
     @property
     def projector(self) -> nn.Module:
         """The patch merger: tower states -> visual tokens."""
         return self.hf_model.get_submodule(PROJECTOR)
 
-    @torch.no_grad()
-    def encode(self, images: Sequence[Image.Image], project: bool = True, chunk: int = 64) -> Tensor:
-        """Frozen vision features of faces: visual tokens (B, K, H), or tower states (B, patches, D).
+    def keep_projector(self, name: str) -> None:
+        """Remember the projector as it is now under `name`: what the KL reference saw, when training moves it on."""
+        self.kept_projectors[name] = {n: p.detach().clone() for n, p in self.projector.named_parameters()}
 
-        The vision tower is never sharded (see tag/dist.py), so ranks may call this as often as they need.
-        """
-        parts = []
-        for start in range(0, len(images), chunk):
-            tower = self._tower(self.pixel_values(images[start : start + chunk]).to(self.device))
-            parts.append(self._project(tower) if project else tower)
-        return torch.cat(parts)
+    def _projector_weights(self, name: str | None) -> dict[str, Tensor]:
+        weights = self.kept_projectors[name] if name else dict(self.projector.named_parameters())
+        return {n: p.to(self.compute_dtype) for n, p in weights.items()}
 
     # ---- scoring ----------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch, features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, tower: Tensor, projector: str | None = None) -> tuple[Tensor, Tensor]:
         """Score completions: log-probs and entropies of batch.targets, both (M,) fp32.
 
-        features: (B, K, H) visual tokens, or (B, patches, D) tower states, which then go through the projector with
-        gradient (SFT).
+        tower: (B, patches, D) tower states of the faces that batch.images indexes; they go through the projector here,
+        with gradient if it is trained.
         """
         language_model = self.hf_model.model.language_model
-        features = features[batch.images]  # (I, K, H) or (I, patches, D)
-        if features.shape[1] != self.tokens_per_image:
-            features = self._project(features)  # (I, K, H)
+        features = self.project(tower[batch.images], projector)  # (I, K, H)
         R, L = batch.input_ids.shape
         embeds = language_model.embed_tokens(batch.input_ids).flatten(0, 1)  # (R * L, H)
         embeds = embeds.index_put((batch.image_positions,), features.flatten(0, 1).to(embeds.dtype))
@@ -171,7 +170,7 @@ class VLM(nn.Module):
 def load_vlm(source: str, dtype: str = "bfloat16", device: str | torch.device = "cpu") -> VLM:
     """Load a Qwen2.5-VL checkpoint: a folder, a hub name, or "tiny" for the one that ships with this package.
 
-    Raises ValueError (one line) if `source` is not a Qwen2.5-VL checkpoint that can be read.
+    Raises DataError if `source` is not a Qwen2.5-VL checkpoint that can be read.
     """
     folder = str(TINY_MODEL) if source == "tiny" else source
     try:
@@ -182,7 +181,7 @@ def load_vlm(source: str, dtype: str = "bfloat16", device: str | torch.device = 
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ValueError(f"cannot load a Qwen2.5-VL checkpoint from {source!r}: {reason[:200]}") from None
+        raise DataError(f"cannot load a Qwen2.5-VL checkpoint from {source!r}: {reason[:200]}") from None
     hf_model.requires_grad_(False)
     return VLM(hf_model.to(device).eval(), tokenizer, image_processor, source)
 

@@ -16,17 +16,19 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from tag.au.base import Detector, FaceAUs
 from tag.au.regions import au_boxes
 from tag.boxes import Canvas
 from tag.data.images import decode_image, read_bytes
-from tag.data.records import AU, NUM_CANDIDATES, DataError, Record
+from tag.data.records import AU, NUM_CANDIDATES, Record
+from tag.errors import DataError
 from tag.synth.writer import write_trace
 
-# Why a listed image gave no record. The first three are faults of the data, the last is the detector's answer.
-MISSING, OUTSIDE, UNREADABLE, NO_FACE = "missing", "outside_root", "unreadable", "no_face"
-BAD_IMAGE = (MISSING, OUTSIDE, UNREADABLE)
+# Why a listed image gave no record. All but the last are faults to repair; no face is an answer.
+MISSING, OUTSIDE, UNREADABLE, FAILED, NO_FACE = "missing", "outside_root", "unreadable", "detector_failed", "no_face"
+BAD_IMAGE = (MISSING, OUTSIDE, UNREADABLE, FAILED)
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,20 @@ class Outcome:
 
 
 class Journal:
-    """Finished images of a run, one JSON line each, appended as they come; `settings` must match to go on with it."""
+    """Finished images of a run, one JSON line each, appended as they come.
 
-    def __init__(self, path: str | os.PathLike, settings: dict[str, Any]) -> None:
+    A journal that is there is continued if its `settings` are the same; if not, it is replaced with `replace`, and
+    otherwise DataError is raised.
+    """
+
+    def __init__(self, path: str | os.PathLike, settings: dict[str, Any], replace: bool = False) -> None:
         self.path = Path(path)
         self.done: dict[str, Outcome] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         head = json.dumps({"settings": settings}, sort_keys=True)
-        if self.path.is_file() and self.path.stat().st_size:
-            self._read(head)
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
-        else:
-            self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115
+        continued = self._read(head, replace)
+        self._file = open(self.path, "a" if continued else "w", encoding="utf-8")
+        if not continued:
             self._write(head)
 
     def add(self, outcome: Outcome) -> None:
@@ -77,17 +81,22 @@ class Journal:
         self._file.write(line + "\n")
         self._file.flush()
 
-    def _read(self, head: str) -> None:
-        data = self.path.read_bytes()
+    def _read(self, head: str, replace: bool) -> bool:
+        """Take over what an earlier run has done; False if there is nothing to continue."""
+        data = self.path.read_bytes() if self.path.is_file() else b""
         whole = data.rfind(b"\n") + 1
-        if whole < len(data):  # the run was killed while writing: that image is done again
-            os.truncate(self.path, whole)
         lines = data[:whole].decode("utf-8", "replace").splitlines()
-        if not lines or lines[0] != head:
+        if not lines:
+            return False
+        if lines[0] != head:
+            if replace:
+                return False
             raise DataError(
                 f"{self.path}: left by a run with other settings or another detector; give the same ones to continue "
                 "it, or --overwrite to start anew"
             )
+        if whole < len(data):  # the run was killed while writing: that image is done again
+            os.truncate(self.path, whole)
         for line in lines[1:]:
             try:
                 raw = json.loads(line)
@@ -96,6 +105,7 @@ class Journal:
                 self.done[raw["image"]] = Outcome(**raw)
             except (ValueError, TypeError, KeyError):
                 continue  # a damaged line costs one more look at its image
+        return True
 
 
 def check_images(images: Sequence[str], image_root: str | os.PathLike) -> dict[str, Outcome]:
@@ -123,8 +133,8 @@ def annotate(
     journal: Journal,
     threshold: float,
     progress: Callable[[int], None] = lambda count: None,
-) -> dict[str, Outcome]:
-    """Image -> outcome for `images` (relative to `image_root`), those in the journal not looked at again.
+) -> tuple[dict[str, Outcome], int]:
+    """(image -> outcome, number looked at now) for `images` relative to `image_root`; those in the journal are done.
 
     One thread per detector. AUs scoring at least `threshold` are kept. `progress` is called with the number of images
     just finished. The result does not depend on the number of detectors. Interrupted, the journal keeps what is done.
@@ -156,7 +166,7 @@ def annotate(
             progress(len(outcomes))
     finally:
         pool.shutdown(cancel_futures=True)
-    return {image: journal.done[image] for image in images}
+    return {image: journal.done[image] for image in images}, len(todo)
 
 
 def build_record(
@@ -205,7 +215,7 @@ def build_record(
 
 
 def record_ids(images: Sequence[str], dataset: str) -> list[str]:
-    """One id per image, `dataset-path-without-suffix`; where two images would share one, the whole path's hash joins."""
+    """One id per image, `dataset-path-without-suffix`; where two images would share one, a hash of the path joins."""
     plain = [f"{dataset}-{str(Path(image).with_suffix('')).replace('/', '-')}" for image in images]
     count: dict[str, int] = {}
     for name in plain:
@@ -233,16 +243,34 @@ def _look(batch: list[str], root: Path, detector: Detector, threshold: float) ->
             data = read_bytes(root / image)
             loaded[image] = (decode_image(data, root / image), stamp, hashlib.sha256(data).hexdigest())
         except DataError as e:
-            outcomes[image] = Outcome(image, stamp, reason=UNREADABLE, detail=str(e))
-    faces = detector.detect([entry[0] for entry in loaded.values()]) if loaded else []
+            outcomes[image] = Outcome(image, stamp, reason=UNREADABLE, detail=str(e).removeprefix(f"{root / image}: "))
+    faces = _detect([entry[0] for entry in loaded.values()], detector)
     for (image, (picture, stamp, sha256)), face in zip(loaded.items(), faces, strict=True):
         common = {"image": image, "stamp": stamp, "sha256": sha256, "size": picture.size}
-        if face.landmarks is None:
+        if isinstance(face, str):
+            outcomes[image] = Outcome(
+                **common, reason=FAILED, detail=f"{root / image}: {detector.name} failed ({face})"
+            )
+        elif face.landmarks is None:
             outcomes[image] = Outcome(**common, reason=NO_FACE, detail=f"{detector.name} found no face")
         else:
             aus = activated(face, Canvas(*picture.size), threshold)
             outcomes[image] = Outcome(**common, faces=face.faces, found=face.found, aus=aus)
     return [outcomes[image] for image in batch]
+
+
+def _detect(pictures: list[Image.Image], detector: Detector) -> list[FaceAUs | str]:
+    """The detector's answers, or the error's text for a picture on which it fails (which must not end a long run)."""
+    if not pictures:
+        return []
+    try:
+        return detector.detect(pictures)
+    except (RuntimeError, ValueError) as e:
+        if "OutOfMemory" in type(e).__name__:
+            raise  # not the picture's fault
+        if len(pictures) == 1:
+            return [" ".join(str(e).split())[:120] or type(e).__name__]
+        return [_detect([picture], detector)[0] for picture in pictures]
 
 
 def _stamp(path: Path) -> tuple[int, int]:

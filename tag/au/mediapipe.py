@@ -17,7 +17,7 @@ from PIL import Image
 from tag.au.base import NO_FACE, Detector, FaceAUs
 from tag.au.blendshapes import au_activations
 from tag.au.model_file import SHA256, find_face_landmarker
-from tag.data.records import DataError
+from tag.errors import DataError
 
 WORK_SIZE = 512  # longer side that small images are enlarged to: at 48 px it halves the landmark error
 MAX_WORK_SIZE = 1024  # more pixels cost time; the detector looks at 128 x 128 and the mesh at 256 x 256 of them

@@ -5,7 +5,7 @@ import os
 import urllib.request
 from pathlib import Path
 
-from tag.data.records import DataError
+from tag.errors import DataError
 
 URL = (
     "https://storage.googleapis.com/mediapipe-models/face_landmarker/face_landmarker/float16/latest/"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from tag.data.records import DataError
+from tag.errors import DataError
 
 MAX_PIXELS = 100_000_000  # more is a mistake or an attack; a 100-megapixel RGB image already takes 300 MB
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tag.data.records import DataError
+from tag.errors import DataError
 from tag.labels import normalise_label
 
 IMAGE_COLUMNS = ("image", "filename", "file", "path", "file_name", "image_path")
@@ -69,7 +69,9 @@ def read_labels(
     return rows
 
 
-def drop_repeats(rows: Sequence[LabelRow], path: str | os.PathLike) -> tuple[list[LabelRow], list[tuple[LabelRow, int]]]:
+def drop_repeats(
+    rows: Sequence[LabelRow], path: str | os.PathLike
+) -> tuple[list[LabelRow], list[tuple[LabelRow, int]]]:
     """(first row of every image, [(repeated row, line of the first)]).
 
     Raises DataError when an image is listed with two different labels or splits: which one holds is not ours to guess.
@@ -114,9 +116,7 @@ def _read_table(path: Path) -> list[tuple[int, list[str]]]:
     return rows
 
 
-def _column(
-    path: Path, header: list[str], name: str | None, candidates: Sequence[str], what: str, flag: str
-) -> int:
+def _column(path: Path, header: list[str], name: str | None, candidates: Sequence[str], what: str, flag: str) -> int:
     for candidate in (name.strip().lower(),) if name else candidates:
         if candidate in header:
             return header.index(candidate)

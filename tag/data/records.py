@@ -19,16 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from tag.boxes import Box, is_valid
+from tag.errors import DataError
 from tag.files import replacing
 from tag.labels import CLASS_INDEX
 
 NUM_CANDIDATES = 3
 MAX_LINE = 1 << 20  # a longer line (in bytes) is not a record of ours
 _AU_NAME = re.compile(r"AU[1-9][0-9]?")  # not str.isdigit: it takes superscripts and other scripts' digits
-
-
-class DataError(ValueError):
-    """Bad input data; the message is one line that says what, where and what to do."""
 
 
 @dataclass(frozen=True)

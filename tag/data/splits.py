@@ -4,7 +4,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 
-from tag.data.records import DataError
+from tag.errors import DataError
 
 
 def split_position(key: str, seed: int) -> float:
@@ -20,7 +20,7 @@ def assign_splits(
     val: float | int = 0,
     test: float | int = 0,
 ) -> list[str]:
-    """"train", "val" or "test" for each face.
+    """The split ("train", "val" or "test") of each face.
 
     keys: hash of each image's bytes (copies of one file share it and never straddle). val, test: a float is the
     expected fraction, decided face by face, so that adding faces moves none; an int is an exact number, shared out

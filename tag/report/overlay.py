@@ -1,97 +1,103 @@
-"""A face with its boxes, and the trace that names them: HTML fragments shared by the reports.
+"""Boxes drawn on faces: green what the detector says, red what the model says. And sheets of many such pictures."""
 
-Boxes are drawn as SVG in canvas coordinates (viewBox 0 0 512 512) over the letterboxed square image, so what the eye
-sees is what the reward measured. Detector boxes are dashed and green, predicted ones solid and red with a number:
-line and label tell them apart without colour. `data-box` ties a predicted box to its text, `data-au` to its AU.
-"""
+from collections.abc import Sequence
 
-import re
-from collections.abc import Collection, Sequence
+from PIL import Image, ImageDraw, ImageFont
 
-from tag.boxes import CANVAS_SIZE, Box
-from tag.data.records import AU
-from tag.report.page import esc
-from tag.rewards import BoxScore
-from tag.trace import Trace, au_mentions
+from tag.boxes import CANVAS_SIZE, Box, Canvas
 
-MAX_TEXT = 8000  # characters of a completion shown; 512 tokens are about 2,000
-_TAG = re.compile(r"</?(?:think|answer|bbox)>")
-_LABEL_HEIGHT = 25  # canvas units
+GREEN = (40, 220, 70)
+RED = (255, 60, 50)
+
+Labelled = tuple[Box, str]  # box on the canvas, text ("" for none)
 
 
-def face_svg(aus: Sequence[AU], scores: Sequence[BoxScore]) -> str:
-    """SVG overlay: detector boxes (name and score) below, predicted boxes (numbered from 1) on top."""
-    taken: list[Box] = []
-    parts = []
-    for a in aus:
-        label = f"{a.au} {a.score:.2f}"
-        x, y = _label_position(a.box, 11.5 * len(label) + 8, taken, at_right=False)
-        parts.append(_box_group(a.box, label, x, y, f'class="det" data-au="{esc(a.au)}"'))
-    for i, score in enumerate(scores):
-        x, y = _label_position(score.box, 24, taken, at_right=True)
-        attributes = f'class="pred{"" if score.counted else " uncounted"}" data-box="{i}" data-au="{esc(score.au or "")}"'
-        parts.append(_box_group(score.box, str(i + 1), x, y, attributes))
-    return (
-        f'<svg viewBox="0 0 {CANVAS_SIZE} {CANVAS_SIZE}" role="img" '
-        f'aria-label="{len(aus)} detector boxes, {len(scores)} predicted boxes">{"".join(parts)}</svg>'
-    )
+def draw_overlay(
+    image: Image.Image,
+    canvas: Canvas,
+    green: Sequence[Labelled] = (),
+    red: Sequence[Labelled] = (),
+    size: int = CANVAS_SIZE,
+    line_width: int = 2,
+) -> Image.Image:
+    """The letterboxed image (size x size, RGB) with boxes given in canvas units; `image` is not changed.
 
-
-def trace_html(trace: Trace, scores: Sequence[BoxScore], activated: Collection[str]) -> str:
-    """The completion as written, escaped: boxes can be hovered and focused, AU names tell if the detector agrees."""
-    text = trace.text[:MAX_TEXT]
-    marks = []  # (start, end, opening tag, closing tag)
-    for i, ((start, end), score) in enumerate(zip(trace.box_spans, scores, strict=True)):
-        compared = f"IoU {score.iou:.2f} with {score.au}" if score.au else "overlaps no detector box"
-        opening = f'<mark tabindex="0" data-box="{i}" data-au="{esc(score.au or "")}" title="box {i + 1}: {esc(compared)}">'
-        marks.append((start, end, f"{opening}<sup>{i + 1}</sup>", "</mark>"))
-    for name, (start, end) in au_mentions(text):
-        kind = "hit" if name in activated else "miss"
-        note = "activated" if name in activated else "not activated"
-        marks.append((start, end, f'<b class="au {kind}" title="{esc(name)}: {note} on this face">', "</b>"))
-    marks.extend((m.start(), m.end(), '<span class="tag">', "</span>") for m in _TAG.finditer(text))
-    out, position = [], 0
-    for start, end, opening, closing in sorted(marks):
-        if start < position or end > len(text):  # a tag inside a box mark, or cut off at the end
-            continue
-        out += [esc(text[position:start]), opening, esc(text[start:end]), closing]
-        position = end
-    out.append(esc(text[position:]))
-    if len(trace.text) > MAX_TEXT:
-        out.append(f'<span class="note"> … {len(trace.text) - MAX_TEXT:,} more characters</span>')
-    return "".join(out)
-
-
-def _box_group(box: Box, label: str, x: float, y: float, attributes: str) -> str:
-    """One box: a dark casing so that it shows on any skin and background, the line, and its label."""
-    x1, y1, x2, y2 = box
-    rect = f'x="{x1}" y="{y1}" width="{x2 - x1}" height="{y2 - y1}"'
-    return (
-        f'<g {attributes}><rect class="casing" {rect}/><rect class="line" {rect}/>'
-        f'<text x="{x:.0f}" y="{y:.0f}">{esc(label)}</text></g>'
-    )
-
-
-def _label_position(box: Box, width: float, taken: list[Box], at_right: bool) -> tuple[float, float]:
-    """Base line of a label near the top corner of its box, moved down or up until it covers no earlier label.
-
-    Appends the place to `taken`. With no free place within reach the first choice stands: a covered label is better
-    than one far from its box.
+    Green boxes (detector, text e.g. "AU12 0.78") are drawn first, red ones (predicted) over them, so that a red box
+    exactly on a green one shows as red with a green rim. Texts stand inside their box's upper left corner for green,
+    lower left for red, moved where they would cover one another.
     """
-    x = min(max(box[2] - width if at_right else box[0] + 4, 2), CANVAS_SIZE - width - 2)
-    first = min(max(box[1] - 6, _LABEL_HEIGHT), CANVAS_SIZE - 6)
-    for step in (0, 1, -1, 2, -2, 3, -3, 4):
-        y = first + step * _LABEL_HEIGHT
-        place = (x, y - _LABEL_HEIGHT, x + width, y)
-        inside = _LABEL_HEIGHT <= y <= CANVAS_SIZE - 4
-        if inside and not any(_overlap(place, other) for other in taken):
+    picture = canvas.letterbox(image, size)
+    draw = ImageDraw.Draw(picture)
+    font = _font(max(9, size // 32))
+    scale = size / CANVAS_SIZE
+    taken: list[tuple[float, float, float, float]] = []
+    for boxes, colour, inset in ((green, GREEN, 0), (red, RED, line_width)):
+        for box, _ in boxes:
+            draw.rectangle(_shrink([v * scale for v in box], inset), outline=colour, width=line_width)
+    for boxes, colour, below in ((green, GREEN, False), (red, RED, True)):
+        for box, text in boxes:
+            if text:
+                _write(draw, [v * scale for v in box], text, colour, below, font, taken, size)
+    return picture
+
+
+def contact_sheet(
+    pictures: Sequence[Image.Image], captions: Sequence[str] = (), columns: int | None = None, gap: int = 6
+) -> Image.Image:
+    """Pictures of one size in rows, each with its caption below (cut to the width). Raises ValueError without any."""
+    if not pictures:
+        raise ValueError("a contact sheet needs at least one picture")
+    columns = columns or min(len(pictures), max(1, round((1.6 * len(pictures)) ** 0.5)))
+    width, height = pictures[0].size
+    font = _font(max(10, width // 20))
+    line = round(1.5 * font.size) if captions else 0
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + line + gap) + gap), (250, 250, 250))
+    draw = ImageDraw.Draw(sheet)
+    for i, picture in enumerate(pictures):
+        x, y = gap + (i % columns) * (width + gap), gap + (i // columns) * (height + line + gap)
+        sheet.paste(picture, (x, y))
+        if i < len(captions):
+            text = captions[i]
+            while text and draw.textlength(text, font=font) > width:
+                text = text[:-1]
+            draw.text((x, y + height + 1), text, fill=(20, 20, 20), font=font)
+    return sheet
+
+
+def _write(
+    draw: ImageDraw.ImageDraw,
+    box: Sequence[float],
+    text: str,
+    colour: tuple[int, int, int],
+    below: bool,
+    font: ImageFont.FreeTypeFont,
+    taken: list[tuple[float, float, float, float]],
+    size: int,
+) -> None:
+    """Text on a dark plate at a corner of `box`, shifted down (or up) past the plates already placed."""
+    width, height = draw.textlength(text, font=font) + 4, round(1.25 * font.size)
+    x = min(max(box[0] + 2, 0), max(0, size - width))
+    y = box[3] - height - 2 if below else box[1] + 2
+    step = -height if below else height
+    for _ in range(len(taken) + 1):
+        plate = (x, y, x + width, y + height)
+        if not any(plate[0] < t[2] and t[0] < plate[2] and plate[1] < t[3] and t[1] < plate[3] for t in taken):
             break
-    else:
-        y = first
-        place = (x, y - _LABEL_HEIGHT, x + width, y)
-    taken.append(place)
-    return x, y - 5
+        y += step
+    y = min(max(y, 0), size - height)
+    taken.append((x, y, x + width, y + height))
+    draw.rectangle((x, y, x + width, y + height), fill=(0, 0, 0))
+    draw.text((x + 2, y), text, fill=colour, font=font)
 
 
-def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def _shrink(box: Sequence[float], inset: int) -> tuple[float, float, float, float]:
+    """The box drawn `inset` pixels further in, if it is large enough for that."""
+    x1, y1, x2, y2 = box
+    if x2 - x1 > 3 * inset and y2 - y1 > 3 * inset:
+        return x1 + inset, y1 + inset, x2 - inset, y2 - inset
+    return x1, y1, x2, y2
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)

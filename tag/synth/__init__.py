@@ -1,0 +1,1 @@
+"""The embedded default data set: faces drawn from FACS action units, their boxes, and rule-based traces."""

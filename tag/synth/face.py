@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from tag.boxes import MODEL_SIZE, Box
-from tag.synth.draw import INK, PAPER, SUPERSAMPLE, Colour, Pen, Shading, mix, rgba, scale
+from tag.synth.draw import INK, PAPER, SUPERSAMPLE, Colour, Pen, Shading, enlarge, mix, rgba, scale
 from tag.synth.geometry import Landmarks, au_boxes, curve, landmarks
 from tag.synth.hair import hair_back, hair_front
 from tag.synth.params import AUS, DOMAINS, Face, detect, sample_face
@@ -50,8 +50,7 @@ def _background(pen: Pen, face: Face) -> None:
         return
     corners = np.array(face.background, dtype=np.float32).reshape(2, 2, 3)
     small = Image.fromarray(corners.clip(0, 255).astype(np.uint8))
-    # Bilinear blending over the middle half only: a 2 x 2 image resized is flat near its corners, which looks natural.
-    pen.image.paste(small.resize((pen.side, pen.side), Image.Resampling.BILINEAR))
+    pen.image.paste(enlarge(small, pen.side))
 
 
 def _body(pen: Pen, face: Face, lm: Landmarks) -> None:

@@ -92,7 +92,8 @@ def landmarks(face: Face) -> Landmarks:
     below = sin > 0
     exponent = np.where(below, idt.jaw, 0.92)
     x = idt.width * np.sign(cos) * np.abs(cos) ** exponent
-    y = np.where(below, chin_y * sin, -SKULL_TOP * sin)
+    jaw_drop = chin_y - idt.chin_y  # moves the chin, hardly the angle of the jaw
+    y = np.where(below, idt.chin_y * sin + jaw_drop * sin**6, -SKULL_TOP * sin)
     wing_y = idt.nose_y - 0.05 * a["AU9"] - 0.025 * a["AU10"]
     wing_x = idt.nose_w * (1 + 0.12 * a["AU9"] + 0.06 * a["AU10"])
     return Landmarks(eyes, _mouth(face), np.stack([x, y], 1), chin_y, wing_y, wing_x, brow_y)
@@ -159,8 +160,8 @@ class Projection:
         p = face.pose
         yaw, roll = np.deg2rad(p.yaw), np.deg2rad(p.roll)
         self.cos_yaw, self.sin_yaw = float(np.cos(yaw)), float(np.sin(yaw))
-        self.rotation = np.array([[np.cos(roll), np.sin(roll)], [-np.sin(roll), np.cos(roll)]])
         self.scale = p.scale * size  # pixels per face unit
+        self.matrix = self.scale * np.array([[np.cos(roll), np.sin(roll)], [-np.sin(roll), np.cos(roll)]])
         self.centre = np.array([p.x, p.y]) * size
         self.nose_y = face.identity.nose_y
 
@@ -168,12 +169,14 @@ class Projection:
         """(n, 2) face units -> (n, 2) pixels. `flat` points lie in the plane of the outline (hair, ears)."""
         points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
         x, y = points[:, 0], points[:, 1]
-        turned = x * self.cos_yaw
+        turned = np.empty_like(points)
+        turned[:, 1] = y
+        turned[:, 0] = x * self.cos_yaw
         if not flat:
-            depth = 0.7 * np.sqrt(np.clip(1 - (x / 1.05) ** 2 - 0.35 * (y / 1.3) ** 2, 0, 1))
-            depth = depth + 0.2 * np.exp(-((x / 0.17) ** 2) - ((y - self.nose_y + 0.1) / 0.2) ** 2)
-            turned = turned + (depth - 0.35) * self.sin_yaw
-        return np.stack([turned, y], 1) @ self.rotation * self.scale + self.centre
+            head = 0.7 * np.sqrt(np.maximum(1 - 0.907 * x * x - 0.207 * y * y, 0))
+            nose = 0.2 / (1 + (x / 0.16) ** 4 + ((y - self.nose_y + 0.1) / 0.22) ** 4)
+            turned[:, 0] += (head + nose - 0.35) * self.sin_yaw
+        return turned @ self.matrix + self.centre
 
 
 def _oval(x1: float, y1: float, x2: float, y2: float) -> np.ndarray:
@@ -202,7 +205,7 @@ def regions(face: Face, lm: Landmarks | None = None) -> dict[str, np.ndarray]:
     return {
         "AU1": np.concatenate([inner + low, _oval(-0.34, lm.brow_y - 0.36, 0.34, lm.brow_y)]),
         "AU2": np.concatenate([outer + low, outer - [0.0, 0.15]]),
-        "AU4": _oval(-0.26, inner[:, 1].min() - 0.04, 0.26, idt.eye_y + 0.03),
+        "AU4": _oval(-0.28, inner[:, 1].min() - 0.04, 0.28, idt.eye_y + 0.03),
         "AU5": np.concatenate([lids, lids - [0.0, 0.03]]),
         "AU6": _oval(-eye_out - 0.13, lid_y + 0.01, eye_out + 0.13, wing_y + 0.08),
         "AU7": np.concatenate([eyes, eyes + [0.0, 0.10]]),
@@ -211,11 +214,11 @@ def regions(face: Face, lm: Landmarks | None = None) -> dict[str, np.ndarray]:
         "AU12": np.concatenate([lips, _oval(-half - 0.15, corner - 0.2, half + 0.15, corner + 0.1)]),
         "AU14": _oval(-half - 0.32, corner - 0.17, half + 0.32, corner + 0.15),
         "AU15": _oval(-half - 0.12, corner - 0.1, half + 0.12, corner + 0.27),
-        "AU17": _oval(-0.4, float(mouth.lower_inner[:, 1].max()) - 0.03, 0.4, lm.chin_y),
+        "AU17": _oval(-0.4, float(mouth.lower_inner[12, 1]) - 0.02, 0.4, lm.chin_y),
         "AU20": np.concatenate([lips, _oval(-half - 0.16, lip_top, half + 0.16, lip_bottom + 0.08)]),
         "AU23": np.concatenate([lips - [0.0, 0.02], lips + [0.0, 0.02]]),
         "AU25": lips,
-        "AU26": np.concatenate([lips, _oval(-0.46, lip_top, 0.46, lm.chin_y)]),
+        "AU26": np.concatenate([lips, _oval(-0.5, lip_top, 0.5, lm.chin_y)]),
     }
 
 

@@ -33,26 +33,26 @@ def hair_front(pen: Pen, face: Face) -> None:
         crown = [(1.04 * w, -0.35), (1.06 * w, -0.75), (0.72 * w, top + 0.14), (0, top)]
         if style == "parted":
             hairline = [
-                (-0.98 * w, -0.32),
-                (-0.8 * w, line + 0.18),
+                (-0.93 * w, -0.32),
+                (-0.72 * w, line + 0.18),
                 (-0.35, line - 0.1),
                 (0.25, line),
-                (0.75 * w, line + 0.22),
+                (0.72 * w, line + 0.22),
             ]
         elif style == "short":
-            hairline = [(-0.97 * w, -0.45), (-0.8 * w, line + 0.05), (-0.3, line), (0.3, line), (0.8 * w, line + 0.05)]
+            hairline = [(-0.9 * w, -0.45), (-0.68 * w, line + 0.06), (-0.3, line), (0.3, line), (0.68 * w, line + 0.06)]
         else:
             hairline = [
-                (-0.97 * w, -0.3),
-                (-0.74 * w, line + 0.2),
+                (-0.93 * w, -0.3),
+                (-0.7 * w, line + 0.2),
                 (-0.2, line - 0.12),
                 (0.2, line - 0.12),
-                (0.74 * w, line + 0.2),
+                (0.7 * w, line + 0.2),
             ]
-        end = (0.97 * w, -0.45 if style == "short" else -0.3)
+        end = (0.9 * w, -0.45) if style == "short" else (0.93 * w, -0.3)
         outer = curve(_mirrored(crown[::-1]), 30)
         inner = curve([*hairline, end], 26)
-        pen.fill(np.concatenate([outer, inner[::-1]]), colour, flat=True, wash=0.35)
+        pen.fill(np.concatenate([outer, inner[::-1]]), colour, wash=0.35)
         sheen = mix(colour, (255, 255, 255), 0.22)
         side = 1 if light.x > 0 else -1
         for k in range(4):
@@ -62,7 +62,7 @@ def hair_front(pen: Pen, face: Face) -> None:
                 (1.15 * x, line - 0.16 + 0.05 * k),
                 (1.35 * x, line - 0.02 + 0.09 * k),
             ]
-            pen.line(curve(strand, 10), sheen, 0.035, 0.4, flat=True)
+            pen.line(curve(strand, 10), sheen, 0.06, 0.16)
     if face.occlusion == "fringe":
         low = idt.eye_y - 0.12
         edge = [
@@ -74,7 +74,7 @@ def hair_front(pen: Pen, face: Face) -> None:
             (0.95 * w, -0.15),
         ]
         cap = curve(_mirrored([(0, top), (0.75 * w, top + 0.16), (1.05 * w, -0.6), (0.98 * w, -0.15)]), 30)
-        pen.fill(np.concatenate([cap, curve(edge, 24)[::-1]]), colour, flat=True, wash=0.35)
+        pen.fill(np.concatenate([cap, curve(edge, 24)[::-1]]), colour, wash=0.35)
 
 
 def _mirrored(right: list[tuple[float, float]]) -> np.ndarray:

@@ -165,7 +165,7 @@ def sample_face(seed: int, domain: str = "shaded") -> Face:
     occlusion = str(rng.choice(["", "glasses", "fringe", "hand"], p=[0.915, 0.045, 0.02, 0.02]))
     noise, blur = float(rng.uniform(0, 6)), float(max(0.0, rng.uniform(-0.6, 0.9)))
     grey = rng.uniform(50, 215)
-    base = grey + rng.normal(0, 20, 3)
+    base = grey + rng.normal(0, 15, 3)
     background = tuple(_colour(base + rng.normal(0, 16) + rng.normal(0, 9, 3)) for _ in range(4))
     return Face(seed, label, aus, identity, pose, light, gaze, occlusion, noise, blur, domain, background)
 
@@ -205,7 +205,7 @@ def _sample_identity(rng: np.random.Generator) -> Identity:
         lip_lower=float(u(0.065, 0.1)),
         hairline=float(u(-0.92, -0.8)),
         skin=_colour(skin),
-        hair=_colour(np.array(_HAIRS[int(rng.integers(len(_HAIRS)))]) + rng.normal(0, 8, 3)),
+        hair=_colour(np.array(_HAIRS[int(rng.integers(len(_HAIRS)))]) * u(0.8, 1.2) + rng.normal(0, 3, 3)),
         iris=_colour(np.array(_IRISES[int(rng.integers(len(_IRISES)))]) + rng.normal(0, 8, 3)),
         lips=_colour(lips),
         hair_style=str(rng.choice(HAIR_STYLES, p=[0.08, 0.24, 0.2, 0.26, 0.12, 0.1])),

@@ -3,10 +3,14 @@
 import random
 from collections.abc import Iterator
 
+import numpy as np
+
 from tag.au.facs import AU_TEXT
+from tag.data.records import AU
 from tag.labels import CLASSES
 from tag.prompts import TAG_PROMPT
-from tag.trace import format_box, format_trace
+from tag.synth.writer import write_trace
+from tag.tiny.questions import example_texts
 
 _COMMON_WORDS = (
     "the be to of and a in that have it for not on with he as you do at this but his by from they we say her she or "
@@ -15,62 +19,32 @@ _COMMON_WORDS = (
     "also back after use two how our work first well way even new want because any these give day most us is are was "
     "were has had been did said each more very many where here much before right through long little own under while "
     "last might great old off still again never between both those being such too same another around since until "
-    "always both half near far left right top middle bottom side part small large big high low wide narrow open closed "
-    "strong weak slight clear light dark line fold skin hair head neck ear forehead person man woman child image "
-    "picture photo face faces feature features muscle muscles movement region regions area center corner corners edge "
-    "please answer question describe find list name word words number count yes none true false neither nor with "
-    "without however therefore since shows showing seems appears looks suggests points fits typical together overall "
-    "expression emotion feeling mood smile frown grin stare calm relaxed tense rest resting neutral intense mild "
-    "box boxes where which active action unit units visible sign signs evidence match matches consistent combination"
+    "half near far left top middle bottom side part small large big high low wide narrow open closed strong weak "
+    "slight clear light dark line fold skin hair head neck ear forehead person man woman child image picture photo "
+    "features muscle muscles movement area center corner edge please question word words number count yes true false "
+    "emotion feeling mood smile frown grin stare intense mild visible evidence match combination"
 ).split()
 
-_LEADS = (
-    "The face looks {tone}.",
-    "Overall, the face seems {tone}.",
-    "As a whole the expression is {tone}.",
-    "At first glance the face appears {tone}.",
-)
-_TONES = ("tense", "relaxed", "calm", "bright", "alert", "strained", "gloomy", "at rest", "open", "negative", "positive")
-_ENDS = (
-    "Together these point to {label}.",
-    "These signs fit {label}.",
-    "This combination is typical of {label}.",
-    "Taken together, this suggests {label}.",
-)
 
-
-def tokenizer_corpus(seed: int = 0, traces: int = 600) -> Iterator[str]:
+def tokenizer_corpus(seed: int = 0, traces: int = 1500) -> Iterator[str]:
     """Prompt, traces, FACS phrases, the base model's own questions and answers, and common English words."""
     rng = random.Random(seed)
     for _ in range(60):
         yield TAG_PROMPT
-    for _ in range(traces):
-        yield _trace(rng)
+    for i in range(traces):
+        yield write_trace(rng.choice(CLASSES), _some_aus(rng), np.random.default_rng([seed, i]))
+    yield from example_texts(rng, 150)
     for name, (action, signs) in AU_TEXT.items():
-        for text in (action, *signs):
-            for _ in range(4):
-                yield f"{name} ({action}): {text}, {text[0].upper()}{text[1:]} and {text}."
+        for sign in signs:
+            for _ in range(3):
+                yield f"{name} ({action}): {sign}. {sign[0].upper()}{sign[1:]}."
     for word in _COMMON_WORDS:
         yield f" {word} {word}"
 
 
-def _trace(rng: random.Random) -> str:
-    """A trace-like text in the real grammar (the words and the tags matter here, not the sense)."""
-    parts = [rng.choice(_LEADS).format(tone=rng.choice(_TONES))]
+def _some_aus(rng: random.Random) -> list[AU]:
+    found = []
     for name in rng.sample(sorted(AU_TEXT), rng.randint(0, 3)):
         x, y = rng.randint(0, 400), rng.randint(0, 400)
-        box = format_box((x, y, x + rng.randint(10, 100), y + rng.randint(10, 100)))
-        action, signs = AU_TEXT[name]
-        sign = rng.choice(signs)
-        parts.append(
-            rng.choice(
-                (
-                    f"{sign[0].upper()}{sign[1:]} ({name}, {action}) {box}.",
-                    f"In this region {sign} {box}, {name}.",
-                    f"{name} ({action}) shows at {box}: {sign}.",
-                )
-            )
-        )
-    label = rng.choice(CLASSES)
-    parts.append(rng.choice(_ENDS).format(label=label))
-    return format_trace(" ".join(parts), label)
+        found.append(AU(name, rng.random(), (x, y, x + rng.randint(10, 100), y + rng.randint(10, 100))))
+    return found

@@ -1,0 +1,9 @@
+"""Errors that are the user's to mend: the scripts print their message on one line and exit with code 2."""
+
+
+class DataError(ValueError):
+    """Bad input data; the message is one line that says what, where and what to do."""
+
+
+class UsageError(ValueError):
+    """A wrong flag or folder; the message is one line that says what, where and what to do."""

@@ -1,0 +1,88 @@
+"""Metrics of a run: `metrics.jsonl` (one line a step), the same to TensorBoard if it is installed, and the console."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tag.files import replacing
+
+
+class RunLog:
+    """Writes on the main process, does nothing elsewhere, so that loops need no `if rank == 0`."""
+
+    def __init__(self, out: str | os.PathLike, is_main: bool, total: int, start: int = 0, desc: str = "") -> None:
+        self.is_main = is_main
+        self.file = self.board = self.bar = None
+        if not is_main:
+            return
+        self.out = out = Path(out)
+        path = out / "metrics.jsonl"
+        for log in (path, out / "rollouts.jsonl"):
+            if log.is_file():  # a resumed run rewrites the steps after its checkpoint
+                kept = _lines_before(log, start)
+                with replacing(log) as f:
+                    f.writelines(kept)
+        self.file = open(path, "a", encoding="utf-8")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start)
+        except ImportError:
+            pass
+        self.bar = tqdm(total=total, initial=start, desc=desc, dynamic_ncols=True, smoothing=0.1)
+
+    def step(self, step: int, metrics: dict, show: tuple[str, ...] = ()) -> None:
+        """Log the metrics of `step` (0-based) and move the bar; `show` names those that stand beside it."""
+        if not self.is_main:
+            return
+        self._write(step, metrics)
+        self.bar.set_postfix({k: f"{metrics[k]:.3g}" for k in show if metrics.get(k) is not None}, refresh=False)
+        self.bar.update(1)
+
+    def event(self, step: int, metrics: dict, text: str) -> None:
+        """Log something that happens now and then (an evaluation), with a line for the reader."""
+        if not self.is_main:
+            return
+        self._write(step, metrics)
+        self.write(text)
+
+    def rollouts(self, step: int, rows: Iterable[dict]) -> None:
+        """Append rollouts of `step` to rollouts.jsonl: the first thing to read when RL misbehaves."""
+        if self.is_main:
+            with open(self.out / "rollouts.jsonl", "a", encoding="utf-8") as f:
+                f.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
+
+    def write(self, text: str) -> None:
+        """A line above the progress bar."""
+        if self.is_main:
+            tqdm.write(text)
+
+    def close(self) -> None:
+        """Flush and close; safe to call twice."""
+        for thing in (self.file, self.board, self.bar):
+            if thing is not None:
+                thing.close()
+
+    def _write(self, step: int, metrics: dict) -> None:
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in metrics.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(name, value, step)
+
+
+def _lines_before(path: Path, step: int) -> list[str]:
+    if not path.is_file():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue  # the torn last line of a killed run
+    return kept

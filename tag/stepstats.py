@@ -1,0 +1,88 @@
+"""Token-level statistics of a GRPO step and where its time went; definitions in docs/metrics.md."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from tag.dist import Dist
+from tag.grpo import LossTerms
+
+
+class UpdateStats:
+    """Sums over this rank's completion tokens in one optimizer update, micro-batch by micro-batch."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.ratio_min, self.ratio_max = 1.0, 1.0
+        self.ratio: Tensor | None = None  # (N, T), for the gates
+        self.kl: Tensor | None = None  # (N, T)
+
+    def add(self, terms: LossTerms, mask: Tensor, entropy: Tensor) -> None:
+        """Add one micro-batch: its loss terms, its completion mask (N, T), its token entropies (M,)."""
+        keep = mask.bool()
+        ratio = terms.ratio[keep]  # (M,)
+        values = {
+            "loss": float(terms.loss.detach()),
+            "policy_loss": float(terms.policy_loss),
+            "kl_loss": float(terms.kl_loss),
+            "tokens": float(keep.sum()),
+            "ratio": float(ratio.double().sum()),
+            "log_ratio": float(ratio.double().log().sum()),
+            "clipped": float(terms.clipped.sum()),
+            "entropy": float(entropy.double().sum()),
+            "kl": 0.0 if terms.kl is None else float(terms.kl[keep].double().sum()),
+        }
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        if ratio.numel():
+            self.ratio_min = min(self.ratio_min, float(ratio.min()))
+            self.ratio_max = max(self.ratio_max, float(ratio.max()))
+        self.ratio = terms.ratio.where(keep, torch.ones_like(terms.ratio) if self.ratio is None else self.ratio)
+        if terms.kl is not None:
+            self.kl = terms.kl.where(keep, torch.zeros_like(terms.kl) if self.kl is None else self.kl)
+
+
+class StepStats:
+    """Laps of one step's clock and the statistics of its updates."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+        self.updates: list[UpdateStats] = []
+
+    def lap(self, name: str) -> None:
+        """Time since the lap before this one counts as `name`."""
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
+        self.last = now
+
+    def new_update(self) -> UpdateStats:
+        """Statistics of one more inner update."""
+        self.updates.append(UpdateStats())
+        return self.updates[-1]
+
+    def metrics(self, here: Dist) -> dict[str, float]:
+        """Over all ranks and the step's inner updates; a collective.
+
+        loss, policy_loss, kl_loss: of the whole step, averaged over inner updates. kl, entropy, ratio_mean, clipfrac:
+        means over completion tokens. approx_kl: mean(ratio - 1 - log ratio), how far the policy moved within the step.
+        """
+        names = sorted(self.updates[0].sums)
+        sums = here.sum(torch.tensor([[u.sums[n] for n in names] for u in self.updates], dtype=torch.float64))
+        total = dict(zip(names, sums.sum(dim=0).tolist()))
+        tokens, updates = max(total["tokens"], 1.0), len(self.updates)
+        return {
+            "loss": total["loss"] / updates,
+            "policy_loss": total["policy_loss"] / updates,
+            "kl_loss": total["kl_loss"] / updates,
+            "kl": total["kl"] / tokens,
+            "entropy": total["entropy"] / tokens,
+            "ratio_mean": total["ratio"] / tokens,
+            "ratio_min": -here.max(max(-u.ratio_min for u in self.updates)),
+            "ratio_max": here.max(max(u.ratio_max for u in self.updates)),
+            "approx_kl": (total["ratio"] - tokens - total["log_ratio"]) / tokens,
+            "clipfrac": total["clipped"] / tokens,
+            **self.laps,
+            "step_seconds": time.perf_counter() - self.started,
+        }

@@ -1,0 +1,139 @@
+"""Stage 2 of the tiny base model: the language model learns to talk about the faces that the tower already sees.
+
+One sequence holds one face and all its questions: `<image> question answer | question answer | ...`. Every pair attends
+to the image and to itself alone, and its rotary positions restart after the image, so each pair is a conversation of its
+own (no answer can be read off an earlier one) while the 64 image tokens are computed once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tag.tiny.questions import Question
+from tag.tiny.tower import GRID, MERGE
+
+SIDE = GRID // MERGE
+IMAGE_TOKENS = SIDE * SIDE
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded sequences. The image tokens stand at `image_at` in every row."""
+
+    ids: Tensor  # (B, T)
+    positions: Tensor  # (3, B, T) time, height, width
+    mask: Tensor  # (B, 1, T, T) True where attention is allowed
+    targets: Tensor  # (B, T) the next token where it is learnt, else -100
+    image_at: slice
+
+
+class Packer:
+    """Builds batches of packed conversations with the tokenizer's own chat template."""
+
+    def __init__(self, tokenizer):
+        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\0"}]}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        before, after = text.split("\0")
+        before = tokenizer(before).input_ids
+        self.pad_id = tokenizer.pad_token_id
+        self.end_id = tokenizer.eos_token_id
+        at = before.index(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+        self.prefix = before[:at] + [before[at]] * IMAGE_TOKENS + before[at + 1 :]
+        self.image_at = slice(at, at + IMAGE_TOKENS)
+        self.after = tokenizer(after).input_ids
+        self._tokenizer = tokenizer
+        self._cache: dict[str, list[int]] = {}
+        cell = torch.arange(IMAGE_TOKENS)
+        rest = torch.arange(len(self.prefix) - at - IMAGE_TOKENS) + at + SIDE
+        image = torch.stack([torch.full_like(cell, at), at + cell // SIDE, at + cell % SIDE])
+        self.prefix_positions = torch.cat([torch.arange(at).expand(3, -1), image, rest.expand(3, -1)], 1)
+        self.start = int(rest[-1]) + 1  # rotary position of the first token after the prefix
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a short text; cached, since questions repeat."""
+        if text not in self._cache:
+            if len(self._cache) > 200_000:
+                self._cache.clear()
+            self._cache[text] = self._tokenizer(text).input_ids
+        return self._cache[text]
+
+    def prompt(self, question: str) -> list[int]:
+        """Everything up to where the answer begins."""
+        return self.prefix + self.encode(question) + self.after
+
+    def batch(self, faces: list[list[Question]]) -> Batch:
+        """One row per face, its questions packed one after the other."""
+        rows = [self._row(questions) for questions in faces]
+        width, lead = max(len(r[0]) for r in rows), len(self.prefix)
+        ids = torch.full((len(rows), width), self.pad_id)
+        targets, segments = torch.full_like(ids, -100), torch.full_like(ids, -1)
+        positions = torch.zeros(3, *ids.shape, dtype=torch.long)
+        for i, (row, target, segment, place) in enumerate(rows):
+            n = len(row)
+            ids[i, :n], targets[i, :n] = torch.tensor(row), torch.tensor(target)
+            segments[i, :n], positions[:, i, lead:n] = torch.tensor(segment), torch.tensor(place)
+        positions[:, :, :lead] = self.prefix_positions[:, None]
+        same = segments[:, :, None] == segments[:, None, :]
+        mask = (same | (segments[:, None, :] == 0)).tril()  # padding sees padding: no row without a key
+        return Batch(ids, positions, mask[:, None], targets, self.image_at)
+
+    def _row(self, questions: list[Question]) -> tuple[list[int], list[int], list[int], list[int]]:
+        ids, targets = list(self.prefix), [-100] * len(self.prefix)
+        segments, places = [0] * len(self.prefix), []
+        for number, q in enumerate(questions, 1):
+            asked = self.encode(q.question) + self.after
+            answer = [*self.encode(q.answer), self.end_id]
+            ids += asked + answer[:-1]
+            targets += [-100] * (len(asked) - 1) + answer
+            length = len(asked) + len(answer) - 1
+            segments += [number] * length
+            places += range(self.start, self.start + length)
+        return ids, targets, segments, places
+
+
+def language_loss(model: nn.Module, features: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy on the answer tokens; `features` (B, 64, hidden) stand in the image slots."""
+    text = model.model.language_model
+    embeds = text.embed_tokens(batch.ids)
+    embeds = torch.cat(
+        [embeds[:, : batch.image_at.start], features.to(embeds.dtype), embeds[:, batch.image_at.stop :]], 1
+    )
+    hidden = text(
+        inputs_embeds=embeds, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
+    ).last_hidden_state
+    learnt = batch.targets >= 0
+    return F.cross_entropy(model.lm_head(hidden[learnt]).float(), batch.targets[learnt])
+
+
+@torch.no_grad()
+def answer(model: nn.Module, packer: Packer, features: Tensor, questions: list[str], limit: int = 48) -> list[list[int]]:
+    """Greedy answers (token ids without the end token), one question per face; a check, not the rollout engine.
+
+    Rows are grouped by prompt length, so that nothing is padded.
+    """
+    text = model.model.language_model
+    prompts = [packer.prompt(q) for q in questions]
+    answers: list[list[int]] = [[] for _ in prompts]
+    for length in sorted({len(p) for p in prompts}):
+        rows = [i for i, p in enumerate(prompts) if len(p) == length]
+        ids = torch.tensor([prompts[i] for i in rows])
+        embeds = text.embed_tokens(ids)
+        embeds[:, packer.image_at] = features[rows].to(embeds.dtype)
+        tail = torch.arange(packer.start, packer.start + length - len(packer.prefix)).expand(3, -1)
+        positions = torch.cat([packer.prefix_positions, tail], 1)[:, None].expand(3, len(rows), -1)
+        going, cache = torch.ones(len(rows), dtype=torch.bool), None
+        for step in range(limit):
+            out = text(inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            token = model.lm_head(out.last_hidden_state[:, -1]).argmax(-1)
+            going &= token != packer.end_id
+            if not going.any():
+                break
+            for i, t, on in zip(rows, token.tolist(), going.tolist()):
+                if on:
+                    answers[i].append(t)
+            embeds = text.embed_tokens(token)[:, None]
+            positions = torch.full((3, len(rows), 1), int(tail[0, -1]) + 1 + step)
+    return answers

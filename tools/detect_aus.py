@@ -1,0 +1,274 @@
+"""A folder of photographs and a table of labels -> TAG records (JSONL) with AU boxes, candidates and traces.
+
+    python tools/detect_aus.py --images DIR --labels labels.csv --out faces.jsonl
+
+labels.csv has a header with an image column (image, filename, file or path; relative to DIR) and a label column
+(emotion, label or expression). Every row ends in exactly one of two files: faces.jsonl, or faces.rejected.jsonl with
+the reason (dropped_label, no_face, repeated_row; with --on-bad-image skip also missing, outside_root, unreadable,
+detector_failed). A bad image (the latter four) makes the run end with exit code 2 after all others are done, because
+a hole in a data set should be somebody's decision; nothing is lost: run again with --on-bad-image skip, or with the
+file repaired, and finished images are not looked at again. The same holds for a run that was killed.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout without installing
+
+from tag import __version__
+from tag.au.annotate import BAD_IMAGE, Journal, Outcome, annotate, build_record, check_images, record_ids
+from tag.au.base import Detector
+from tag.data.labels_csv import LabelRow, drop_repeats, read_labels
+from tag.data.records import Record, write_records
+from tag.data.splits import assign_splits
+from tag.errors import DataError, UsageError
+from tag.files import replacing
+from tag.labels import CLASSES
+
+DETECTORS = ("mediapipe",)
+SPLITS = ("train", "val", "test")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; raises UsageError (one line) instead of printing the usage."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.error = _usage_error  # type: ignore[method-assign]
+    p.add_argument("--images", required=True, metavar="DIR", help="folder that the image paths are relative to")
+    p.add_argument("--labels", required=True, metavar="CSV", help="table of images and labels")
+    p.add_argument("--out", required=True, metavar="X.jsonl", help="records; X.rejected.jsonl is written beside it")
+    p.add_argument("--detector", choices=DETECTORS, default="mediapipe")
+    p.add_argument("--face-landmarker", metavar="PATH", help="face_landmarker.task (else $TAG_FACE_LANDMARKER, cache)")
+    p.add_argument("--weak-aus", action="store_true", help="also AU9, AU23, AU27, AU45, hardly visible to mediapipe")
+    p.add_argument("--threshold", type=float, default=0.2, help="activation from which an AU is kept (default 0.2)")
+    p.add_argument(
+        "--candidate-threshold", type=float, default=0.35, help="and may become one of three candidates (default 0.35)"
+    )
+    p.add_argument("--no-trace", action="store_true", help="leave `trace` null, for traces written by a model")
+    p.add_argument("--dataset", help="name for the records (default: the name of --out)")
+    p.add_argument("--image-column", help="if the header calls it something else")
+    p.add_argument("--label-column", help="if the header calls it something else")
+    p.add_argument("--split-column", help="take train / val / test from this column instead of the image's hash")
+    p.add_argument("--val-fraction", type=float, metavar="F", help="of all faces, by hash (default 0)")
+    p.add_argument("--test-fraction", type=float, metavar="F", help="of all faces, by hash (default 0)")
+    p.add_argument("--val-count", type=int, metavar="N", help="exactly N, in proportion to the classes")
+    p.add_argument("--test-count", type=int, metavar="N", help="exactly N, in proportion to the classes")
+    p.add_argument("--split-files", action="store_true", help="also train.jsonl, val.jsonl and test.jsonl beside --out")
+    p.add_argument("--seed", type=int, default=0, help="of the splits and of the wording of traces (default 0)")
+    p.add_argument("--workers", type=int, help="threads, one detector each (default: one per core, at most 8)")
+    p.add_argument("--limit", type=int, metavar="N", help="only the first N rows of the table")
+    p.add_argument("--on-bad-image", choices=("stop", "skip"), default="stop", help="see above (default stop)")
+    p.add_argument("--overwrite", action="store_true", help="replace --out, and an unfinished run with other settings")
+    args = p.parse_args(argv)
+    if not 0 < args.candidate_threshold <= 1 or not 0 < args.threshold <= args.candidate_threshold:
+        raise UsageError(
+            f"--threshold {args.threshold}, --candidate-threshold {args.candidate_threshold}: must be above 0, at most "
+            "1, and the first no larger than the second (candidates are among the AUs kept)"
+        )
+    for name in ("val", "test"):
+        fraction, count = getattr(args, f"{name}_fraction"), getattr(args, f"{name}_count")
+        if fraction is not None and count is not None:
+            raise UsageError(f"give --{name}-fraction or --{name}-count, not both")
+        if fraction is not None and not 0 <= fraction < 1:
+            raise UsageError(f"--{name}-fraction {fraction}: must be at least 0 and less than 1")
+        if args.split_column and (fraction is not None or count is not None):
+            raise UsageError(f"--split-column already says what is {name}; leave out --{name}-fraction and -count")
+    for name in ("workers", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
+    args.workers = args.workers or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, 8)
+    args.out = Path(args.out)
+    if args.split_files and args.out.stem in SPLITS:
+        raise UsageError(f"--out {args.out}: with --split-files this name is one of the files written beside it")
+    args.dataset = args.dataset or args.out.stem
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 something must be put right (one line on stderr), 130 interrupted."""
+    try:
+        run(parse_args(argv))
+    except (DataError, UsageError) as e:
+        print(f"detect_aus: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:  # a full disk, a folder that cannot be written
+        print(f"detect_aus: {e.filename or 'writing'}: {e.strerror or e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("detect_aus: stopped; the same command continues where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """The whole job, top to bottom. Raises DataError."""
+    # ---- what is asked for, checked before any work
+    if not Path(args.images).is_dir():
+        raise DataError(f"{args.images}: no such folder (--images)")
+    if args.out.is_dir():
+        raise DataError(f"{args.out}: is a folder; --out names the records file")
+    targets = [args.out] + [args.out.with_name(f"{split}.jsonl") for split in SPLITS if args.split_files]
+    for target in targets:
+        if target.exists() and not args.overwrite:
+            raise DataError(f"{target}: exists; --overwrite replaces it")
+    rows = read_labels(args.labels, args.image_column, args.label_column, args.split_column)[: args.limit]
+    rows, repeated = drop_repeats(rows, args.labels)
+    wanted = [row for row in rows if row.label is not None]
+    if not wanted:
+        raise DataError(f"{args.labels}: every row has a label that the 7-class protocol drops")
+    bad = check_images([row.image for row in wanted], args.images)
+    if len(bad) == len(wanted):
+        raise DataError(f"{args.labels}: none of its {len(wanted)} images is in {args.images}; is --images right?")
+    if bad and args.on_bad_image == "stop":
+        raise _bad_images(args, [row for row in wanted if row.image in bad], bad)
+    usable = [row for row in wanted if row.image not in bad]
+
+    if (args.test_count or 0) + (args.val_count or 0) > len(usable):
+        raise DataError(f"--test-count and --val-count ask for more than the {len(usable)} images there are")
+
+    # ---- detection, every finished image kept in the journal
+    detectors: list[Detector] = []
+    journal_path = args.out.with_name(args.out.name + ".progress")
+    try:
+        for _ in range(min(args.workers, len(usable))):
+            detectors.append(make_detector(args))
+        settings = {"tag": __version__, "detector": detectors[0].name, "threshold": args.threshold, **detectors[0].info}
+        journal = Journal(journal_path, settings, replace=args.overwrite)
+        start = time.perf_counter()
+        try:
+            with _progress_bar(len(usable)) as bar:
+                outcomes, looked_at = annotate(
+                    [row.image for row in usable], args.images, detectors, journal, args.threshold, bar.update
+                )
+        finally:
+            journal.close()
+        seconds = time.perf_counter() - start
+
+        broken = {image: o for image, o in outcomes.items() if o.reason in BAD_IMAGE}
+        if broken and args.on_bad_image == "stop":
+            raise _bad_images(args, [row for row in usable if row.image in broken], broken)
+
+        # ---- records and what was left out, in the order of the table
+        outcomes.update(bad)
+        records = make_records(args, [row for row in wanted if not outcomes[row.image].reason], outcomes, detectors[0])
+    finally:
+        for detector in detectors:
+            detector.close()
+    rejected = [
+        _reject(row, "dropped_label", f"{row.word!r} is not one of the 7 classes") for row in rows if not row.label
+    ]
+    rejected += [_reject(row, "repeated_row", f"same image and label as line {line}") for row, line in repeated]
+    rejected += [
+        _reject(row, outcomes[row.image].reason, outcomes[row.image].detail)
+        for row in wanted
+        if outcomes[row.image].reason
+    ]
+    if not records:
+        raise DataError(f"no face was found on any of the {len(usable)} images in {args.images}; nothing is written")
+    _write_lines(args.out.with_name(args.out.stem + ".rejected.jsonl"), sorted(rejected, key=lambda r: r["line"]))
+    if args.split_files:
+        for split in SPLITS:
+            write_records(args.out.with_name(f"{split}.jsonl"), [r for r in records if r.split == split])
+    write_records(args.out, records)  # last: while it is not there, the same command can be given again
+    journal.remove()
+    print_summary(args, records, rejected, looked_at, seconds, len(detectors))
+
+
+def make_detector(args: argparse.Namespace) -> Detector:
+    """A fresh detector of the kind asked for (imported here: each needs packages of its own)."""
+    from tag.au.mediapipe import MediaPipeDetector
+
+    return MediaPipeDetector(args.face_landmarker, weak=args.weak_aus)
+
+
+def make_records(
+    args: argparse.Namespace, rows: list[LabelRow], outcomes: dict[str, Outcome], detector: Detector
+) -> list[Record]:
+    """Records of the rows on whose image a face was found, in the order of the table."""
+    if args.split_column:
+        splits = [row.split for row in rows]
+    else:
+        # A file given twice under two names must not be in train and in test: the hash of the bytes decides.
+        keys = [outcomes[row.image].sha256 for row in rows]
+        val = args.val_count if args.val_count is not None else args.val_fraction or 0.0
+        test = args.test_count if args.test_count is not None else args.test_fraction or 0.0
+        splits = assign_splits(keys, [row.label for row in rows], args.seed, val, test)
+    ids = record_ids([row.image for row in rows], args.dataset)
+    seed = None if args.no_trace else args.seed
+    return [
+        build_record(
+            *(outcomes[row.image], row.label, split, args.dataset, name, detector),
+            *(args.threshold, args.candidate_threshold, seed),
+        )
+        for row, split, name in zip(rows, splits, ids, strict=True)
+    ]
+
+
+def print_summary(
+    args: argparse.Namespace, records: list[Record], rejected: list[dict], looked_at: int, seconds: float, threads: int
+) -> None:
+    """What was found, what was not, and how fast."""
+    reasons = Counter(entry["reason"] for entry in rejected)
+    tried = len(records) + reasons["no_face"]
+    print(f"{args.out}: {len(records)} records; {args.out.stem}.rejected.jsonl: {len(rejected)}")
+    print(f"face found      {len(records)} of {tried} images ({100 * len(records) / tried:.1f} %)")
+    padded = sum(r.provenance["found"] == "padded" for r in records)
+    several = sum(r.provenance["faces"] > 1 for r in records)
+    print(f"                {padded} only with a border added; {several} show several faces (the largest was taken)")
+    for reason, count in sorted(reasons.items()):
+        words = Counter(e["label"] for e in rejected if e["reason"] == reason) if reason == "dropped_label" else {}
+        detail = f" ({', '.join(f'{w} {n}' for w, n in sorted(words.items()))})" if words else ""
+        print(f"{reason:<15} {count}{detail}")
+    for split in sorted({r.split for r in records}, key=SPLITS.index):
+        counts = Counter(r.label for r in records if r.split == split)
+        classes = ", ".join(f"{name} {counts[name]}" for name in CLASSES)
+        print(f"{split:<15} {sum(counts.values())}: {classes}")
+    copies = len(records) - len({r.provenance["sha256"] for r in records})
+    if copies:
+        print(f"copies          {copies} images are byte for byte another one (kept, always in the same split)")
+    active = [len(r.aus) for r in records]
+    candidates = [len(r.candidates) for r in records]
+    print(f"activated AUs   {sum(active) / len(active):.2f} per face; none on {active.count(0)} faces")
+    print(f"candidates      {sum(candidates) / len(records):.2f} per face; none on {candidates.count(0)} faces")
+    if looked_at:
+        print(f"speed           {looked_at / seconds:.1f} images/s ({looked_at} in {seconds:.1f} s, {threads} threads)")
+
+
+def _bad_images(args: argparse.Namespace, rows: list[LabelRow], outcomes: dict[str, Outcome]) -> DataError:
+    """One line for all of them: the first is named, the rest counted."""
+    first = rows[0]
+    more = f", and {len(rows) - 1} more bad images" if len(rows) > 1 else ""
+    return DataError(
+        f"{args.labels}:{first.line}: {first.image[:120]}: {outcomes[first.image].detail}{more}; repair, or leave out "
+        "and list in the .rejected.jsonl with --on-bad-image skip"
+    )
+
+
+def _reject(row: LabelRow, reason: str, detail: str) -> dict:
+    return {"image": row.image, "line": row.line, "label": row.word, "reason": reason, "detail": detail}
+
+
+def _write_lines(path: Path, entries: list[dict]) -> None:
+    with replacing(path) as f:
+        f.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+
+def _progress_bar(total: int):
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="image", disable=None)  # None: only on a terminal
+
+
+def _usage_error(message: str) -> None:
+    raise UsageError(f"{message}; see --help")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

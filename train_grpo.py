@@ -1,0 +1,360 @@
+"""Stage 2: GRPO with AU-grounded rewards (paper Eq. 2-5), the whole loop top to bottom.
+
+    python train_grpo.py --preset tiny --data data/synth --adapter runs/sft/best --out runs/tag    # laptop, minutes
+    torchrun --nproc-per-node 4 train_grpo.py --data TAG310K --image-root IMAGES \\
+        --adapter runs/sft-7b/best --out runs/tag-7b
+
+Each step: sample G completions per face -> reward their parts -> advantages within each group -> log-probs under policy
+and reference -> clipped loss with KL -> backward -> update -> log -> save.
+
+Departures from the paper, each with a switch (docs/grpo.md says why):
+1. KL is measured to the SFT model (`--kl-reference sft`); Eq. 2 writes pi_old there, which would make the term vanish.
+2. The ratio is per token, as in DeepSeekMath and verl (`--ratio-level sequence` is GSPO's).
+3. R_AU: no box earns 0, only the first three boxes count, and on a face without activated AUs the part is absent.
+4. One normaliser for the whole optimizer step, so micro-batches, ranks, padding and prefix sharing never change the
+   gradient; FSDP2 averages nothing.
+5. No dropout: the policy that is scored is the one that sampled. Gates check that, and stop the run if it is not so.
+
+Run it again with the same flags to resume; see docs/metrics.md for what is logged.
+"""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tag import dist
+from tag.args import Parser, check, claim_run_folder, run
+from tag.checkpoint import load_checkpoint, run_card, save_checkpoint
+from tag.data.batching import Group, collate, plan_micro_batches, split_groups
+from tag.data.faces import Faces
+from tag.data.order import batch_indices, num_steps, rollout_seed
+from tag.data.records import read_records
+from tag.evaluation.generate import predict
+from tag.evaluation.metrics import compute_metrics
+from tag.files import replacing
+from tag.gates import check_mismatch, check_ratio, check_reference, enforce, mismatch, pad_logprobs
+from tag.grpo import KL_ESTIMATORS, LOSS_AVERAGES, RATIO_LEVELS, group_advantages, grpo_loss, loss_normaliser
+from tag.lora import copy_adapter, load_adapter, save_adapter, set_adapter, set_dropout, set_trainable
+from tag.rewards import AU_KINDS, audit, reward_means, score_completion
+from tag.rollout import RolloutEngine
+from tag.runlog import RunLog
+from tag.stepstats import StepStats
+from tag.trainable import adamw, print_trainable, train_projector, trained_parameters, warmup_lr
+from tag.vlm import PROJECTOR, load_vlm
+
+KL_REFERENCES = ("sft", "base", "old", "none")
+PRESETS = {
+    # The embedded default: the model that ships with the package, float32 on a CPU, minutes.
+    "tiny": dict(
+        model="tiny",
+        dtype="float32",
+        lr=3e-4,
+        rollouts_per_step=128,
+        max_steps=100,
+        max_new_tokens=160,
+        micro_tokens=8192,
+        eval_faces=128,
+        eval_every=25,
+        save_every=25,
+    )
+}
+
+
+def parse_args(argv=None):
+    p = Parser(__doc__, PRESETS)
+    a = p.add_argument_group("data").add_argument
+    a("--data", required=True, help="folder with train.jsonl and val.jsonl (TAG records; traces are not read)")
+    a("--image-root", help="folder the records' image paths start from (default: the data folder)")
+    a("--train-faces", type=int, default=0, help="use only the first N training records, 0 = all")
+    a("--out", required=True, help="run folder: adapter, checkpoints, metrics, rollouts; resumed if it holds this run")
+    a = p.add_argument_group("model").add_argument
+    a("--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help='checkpoint folder or hub name, or "tiny"')
+    a("--adapter", required=True, help="adapter of the SFT stage: where RL starts, and its KL reference")
+    a("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute; trained weights are float32")
+    a("--train-projector", action="store_true", help="train the projector too (the paper freezes it in RL)")
+    a = p.add_argument_group("sampling").add_argument
+    a("--group-size", type=int, default=8, help="G, completions per face")
+    a("--rollouts-per-step", type=int, default=512, help="completions per step over all ranks, a multiple of G")
+    a(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="1 = the distribution that is trained on; a gate refuses others",
+    )
+    a("--max-new-tokens", type=int, default=512)
+    a = p.add_argument_group("reward, R = R_AU + R_ans + R_fmt").add_argument
+    a("--au-reward", choices=AU_KINDS, default="iou", help="iou: Eq. 3-4; none: RLVR; f1: Table 4; iou-matched: ours")
+    a("--format-bonus", type=float, default=0.1, help="R_fmt of a well-formed trace")
+    a("--no-advantage-std", action="store_true", help="A = R - mean, not divided by the group's std (Dr. GRPO)")
+    a = p.add_argument_group("loss").add_argument
+    a("--clip-eps", type=float, default=0.2, help="ratio is clipped to [1 - eps, 1 + eps]")
+    a("--clip-eps-high", type=float, help="upper range if it differs (DAPO: 0.28)")
+    a("--beta", type=float, default=0.04, help="weight of the KL penalty")
+    a("--kl-estimator", choices=KL_ESTIMATORS, default="k3")
+    a("--kl-reference", choices=KL_REFERENCES, default="sft", help="sft: --adapter; base: no adapter; old: pi_old")
+    a("--loss-average", choices=LOSS_AVERAGES, default="sequence")
+    a("--ratio-level", choices=RATIO_LEVELS, default="token")
+    a = p.add_argument_group("optimization").add_argument
+    a("--epochs", type=float, default=2.0, help="passes over the training records")
+    a("--max-steps", type=int, default=0, help="this many steps instead of --epochs")
+    a("--updates-per-step", type=int, default=1, help="optimizer updates on each batch of rollouts (mu)")
+    a("--lr", type=float, default=1e-6, help="learning rate (AdamW), constant after the warm-up")
+    a("--warmup-steps", type=int, default=0)
+    a("--weight-decay", type=float, default=0.01)
+    a("--clip-norm", type=float, default=1.0, help="largest gradient norm, 0 = no clipping")
+    a("--seed", type=int, default=0)
+    a = p.add_argument_group(
+        "evaluation on val.jsonl: greedy accuracy and AU IoU, the best adapter is kept"
+    ).add_argument
+    a("--eval-every", type=int, default=50, help="steps between evaluations, 0 = only at the end")
+    a("--eval-faces", type=int, default=512, help="the first N held-out records, 0 = none")
+    a = p.add_argument_group("how it runs (never changes loss or gradient)").add_argument
+    a("--micro-tokens", type=int, default=16384, help="tokens of one forward pass, per rank: the memory knob")
+    a("--no-prefix-sharing", action="store_true", help="score every completion behind its own copy of the prompt")
+    a("--rollout-rows", type=int, default=64, help="rows that decode together, per rank")
+    a("--rollout-backend", choices=("engine", "hf"), default="engine", help="hf: Hugging Face generate, one process")
+    a("--shard", choices=dist.SHARDING, default="full", help="FSDP2 over all ranks, within nodes, or replicas")
+    a("--activation-checkpointing", action="store_true", help="recompute activations in the backward pass")
+    a("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    a("--threads", type=int, default=0, help="CPU threads, 0 = PyTorch's choice")
+    a("--cache-gb", type=float, default=4.0, help="memory for frozen vision features, per rank")
+    a("--save-every", type=int, default=25, help="steps between checkpoints, 0 = only at the end")
+    a("--keep-checkpoints", type=int, default=2)
+    a("--show-rollouts", type=int, default=10, help="steps between dumps of some groups to rollouts.jsonl, 0 = none")
+    a("--stop-after", type=int, default=0, help="stop after this many steps of this run's total, checkpoint kept")
+    a("--waive-gates", action="store_true", help="warn instead of stopping when a self-check fails")
+    args = p.parse_args(argv)
+    check(args.group_size >= 2, f"--group-size {args.group_size}: a group needs at least 2 completions to compare")
+    check(
+        args.rollouts_per_step % args.group_size == 0,
+        f"--rollouts-per-step {args.rollouts_per_step} is not a multiple of --group-size {args.group_size}",
+    )
+    return args
+
+
+def train(args, here: dist.Dist) -> None:
+    """The loop. N completions on this rank = its faces x G, prompt-major; T the longest of them."""
+    # ---- what to train on
+    data, out, G = Path(args.data), Path(args.out), args.group_size
+    image_root = args.image_root or data
+    records = read_records(data / "train.jsonl")[: args.train_faces or None]
+    held_out = read_records(data / "val.jsonl")[: args.eval_faces] if args.eval_faces else []
+    faces_per_step = args.rollouts_per_step // G
+    check(faces_per_step >= here.world, f"{faces_per_step} faces a step leave some of {here.world} ranks without work")
+    resuming = claim_run_folder(out, "train_grpo.py", args, here.is_main)
+
+    # ---- model: LoRA -> reference -> freeze -> activation checkpointing -> shard
+    vlm = load_vlm(args.model, args.dtype, here.device)
+    vlm.keep_projector("base")
+    projector_in_adapter = PROJECTOR in load_adapter(vlm.hf_model, args.adapter, "policy")
+    vlm.keep_projector("sft")
+    if args.kl_reference == "sft":
+        copy_adapter(vlm.hf_model, "policy", "reference")
+    set_trainable(vlm.hf_model, "policy")
+    set_dropout(vlm.hf_model, 0.0)
+    train_projector(vlm, on=args.train_projector)
+    saved_modules = (PROJECTOR,) if args.train_projector or projector_in_adapter else ()
+    if args.activation_checkpointing:
+        vlm.hf_model.gradient_checkpointing_enable({"use_reentrant": False})
+        vlm.train()  # Hugging Face recomputes in training mode only; there is no dropout left that it could turn on
+    sharded = dist.shard(vlm, here, args.shard)
+    print_trainable(vlm, here)
+    params = trained_parameters(vlm)  # name -> parameter
+    optimizer = adamw(params, args.lr, args.weight_decay)
+
+    prompt = vlm.prompt()
+    faces = Faces(records, image_root, vlm, cache_gb=args.cache_gb)
+    held_out_faces = Faces(held_out, image_root, vlm, cache_gb=args.cache_gb)
+    engine = RolloutEngine(vlm, args.rollout_rows, args.max_new_tokens, backend=args.rollout_backend)
+
+    # ---- where we are
+    steps = args.max_steps or num_steps(len(records), faces_per_step, args.epochs)
+    card = run_card("train_grpo.py", json.loads(json.dumps(vars(args), default=str)), world=here.world, steps=steps)
+    first_step, best = 0, -1.0
+    if resuming and (loaded := load_checkpoint(out, params, optimizer, here)):
+        first_step, best = loaded["step"], loaded["best"]
+        here.print(f"resuming after step {first_step} of {steps}")
+    if here.is_main:
+        with replacing(out / "run.json") as f:
+            f.write(json.dumps(card, indent=2) + "\n")
+    here.print(
+        f"{len(records)} faces, {steps} steps of {faces_per_step} faces x {G} completions, {here.world} process(es), "
+        f"sharded: {sharded}\nKL reference: {args.kl_reference} (beta {args.beta}, {args.kl_estimator}); "
+        f"ratio per {args.ratio_level}; AU reward: {args.au_reward}"
+    )
+    log = RunLog(out, here.is_main, steps, first_step, f"grpo ({args.au_reward})")
+
+    # ---- the loop
+    for step in range(first_step, steps):
+        clock = StepStats()
+
+        # 1. Sample G completions per face with the current policy, merged into the rollout engine's own weights.
+        indices = batch_indices(len(records), faces_per_step, step, args.seed)[here.rank :: here.world]
+        tower = faces.tower(indices)  # (faces, patches, D), frozen
+        with torch.no_grad():
+            features = vlm.project(tower)  # (faces, K, H)
+        engine.refresh("policy")
+        rollouts = engine.generate(
+            [replace(prompt, image_features=f) for f in features],
+            G,
+            seeds=[rollout_seed(args.seed, step, i, g) for i in indices for g in range(G)],
+            temperature=args.temperature,
+            max_new_tokens=args.max_new_tokens,
+        )  # N = faces x G
+        sampled_logprobs, mask = pad_logprobs([r.logprobs for r in rollouts])  # (N, T), (N, T)
+        sampled_logprobs, mask = sampled_logprobs.to(here.device), mask.to(here.device)
+        N, T = mask.shape
+        clock.lap("sample_seconds")
+
+        # 2. Reward every part of every completion; advantages within each group (no group crosses ranks).
+        rewards = [
+            score_completion(r.text, records[indices[n // G]], args.au_reward, args.format_bonus)
+            for n, r in enumerate(rollouts)
+        ]
+        totals = torch.tensor([r.total for r in rewards], dtype=torch.float32, device=here.device)  # (N,)
+        advantages = group_advantages(totals, G, use_std=not args.no_advantage_std)  # (N,)
+        clock.lap("reward_seconds")
+
+        # 3. Lay the groups out: prompt once, then its G completions, each seeing the prompt and itself.
+        groups = [
+            Group(prompt, b, [r.token_ids for r in rollouts[b * G : (b + 1) * G]], list(range(b * G, (b + 1) * G)))
+            for b in range(len(indices))
+        ]
+        if args.no_prefix_sharing:
+            groups = split_groups(groups)
+        micro_batches = plan_micro_batches(groups, args.micro_tokens)
+        passes = int(here.max(len(micro_batches)))  # ranks run equally many; one with fewer repeats its first, weight 0
+        batches = [collate(micro_batches[k % len(micro_batches)], vlm.pad_id).to(here.device) for k in range(passes)]
+
+        # 4. Score under the reference. No second model: the same base with the frozen adapter, or with none.
+        ref_logprobs = None
+        if args.beta != 0 and args.kl_reference in ("sft", "base"):
+            set_adapter(vlm.hf_model, "reference" if args.kl_reference == "sft" else None)
+            ref_logprobs = torch.zeros(N, T, device=here.device)  # (N, T)
+            with torch.no_grad():
+                for k, batch in enumerate(batches):
+                    logprobs, _ = vlm(batch, tower, projector=args.kl_reference)
+                    if k < len(micro_batches):
+                        ref_logprobs += batch.scatter(logprobs, N, T)
+            set_adapter(vlm.hf_model, "policy")
+        clock.lap("reference_seconds")
+
+        # 5. One normaliser for the whole optimizer step, over all micro-batches and ranks, before the first backward.
+        normaliser = here.sum(loss_normaliser(mask, args.loss_average, args.max_new_tokens))
+
+        # 6. Update: ratio, clip, KL (tag/grpo.py), backward, step. At the first inner update pi_old is pi_theta itself.
+        old_logprobs = torch.zeros(N, T, device=here.device)  # (N, T)
+        lr = warmup_lr(step, args.lr, args.warmup_steps)
+        for update in range(args.updates_per_step):
+            stats = clock.new_update()
+            for k, batch in enumerate(batches):
+                dist.set_gradient_sync(vlm, k == passes - 1)  # reduce-scatter once, in the last backward
+                logprobs, entropy = vlm(batch, tower)  # (M,), (M,)
+                if k >= len(micro_batches):
+                    (logprobs.sum() * 0.0).backward()
+                    continue
+                here_mask = batch.scatter(torch.ones_like(entropy), N, T)  # (N, T), the completions of this pass
+                logprobs = batch.scatter(logprobs, N, T)  # (N, T)
+                if update == 0:
+                    old_logprobs = torch.where(here_mask.bool(), logprobs.detach(), old_logprobs)
+                terms = grpo_loss(
+                    logprobs,
+                    old_logprobs,
+                    advantages,
+                    here_mask,
+                    ref_logprobs=old_logprobs if args.kl_reference == "old" else ref_logprobs,
+                    clip_eps=args.clip_eps,
+                    clip_eps_high=args.clip_eps_high,
+                    beta=args.beta,
+                    kl_estimator=args.kl_estimator,
+                    loss_average=args.loss_average,
+                    ratio_level=args.ratio_level,
+                    normaliser=normaliser,
+                )
+                terms.loss.backward()
+                stats.add(terms, here_mask, entropy)
+            dist.sum_replicated_gradients(list(params.values()), here)
+
+            # Gates: what was sampled is what is trained, and nothing moved before the first update.
+            if update == 0:
+                found = mismatch(sampled_logprobs, old_logprobs, mask)
+                complaints = [check_mismatch(found, args.dtype), check_ratio(stats.ratio, mask)]
+                if step == 0 and args.kl_reference == "sft" and stats.kl is not None:
+                    complaints.append(check_reference(stats.kl, mask, args.dtype))
+                enforce(complaints, args.waive_gates, step, here, log.write)
+
+            grad_norm = dist.clip_gradients(list(params.values()), args.clip_norm)
+            check(
+                math.isfinite(grad_norm), f"step {step}: the gradient is not finite; the last checkpoint is untouched"
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        clock.lap("update_seconds")
+
+        # 7. Log, evaluate, save.
+        everyone = [r for rank in here.gather(rewards) for r in rank]  # groups stay whole
+        metrics = {
+            **reward_means(everyone),
+            **audit(everyone, G, use_std=not args.no_advantage_std),
+            **clock.metrics(here),
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "epoch": (step + 1) * faces_per_step / len(records),
+            "logprob_mismatch_mean": found.mean,
+            "logprob_mismatch_p99": found.p99,
+            "logprob_mismatch_max": found.max,
+            "completion_tokens": float(here.sum(mask.sum())) / len(everyone),
+            "truncated": float(here.sum(float(sum(r.finish_reason == "length" for r in rollouts)))) / len(everyone),
+        }
+        log.step(step, metrics, show=("reward", "reward_ans", "reward_au", "kl", "grad_norm"))
+        if args.show_rollouts and step % args.show_rollouts == 0:
+            log.rollouts(
+                step,
+                (
+                    {"id": records[indices[n // G]].id, "sample": n % G, "seed": r.seed, "text": r.text}
+                    | {"fmt": w.fmt, "ans": w.ans, "au": w.au, "reward": w.total, "advantage": float(advantages[n])}
+                    for n, (r, w) in enumerate(zip(rollouts[: 2 * G], rewards))
+                ),
+            )
+        done = step + 1
+        stopping = done == steps or done == args.stop_after
+        if held_out and (done == steps or (args.eval_every and done % args.eval_every == 0)):
+            engine.refresh("policy")
+            answers = predict(engine, held_out_faces, held_out, range(len(held_out)), prompt, args.max_new_tokens, here)
+            scores = compute_metrics(answers, resamples=0)
+            value = scores["accuracy"] + (scores["au_iou"] or 0.0)
+            log.event(
+                step,
+                {f"val_{k}": scores[k] for k in ("accuracy", "au_iou", "format_valid", "boxes_per_trace")},
+                f"step {done}: held-out accuracy {scores['accuracy']:.3f}, AU IoU {scores['au_iou'] or 0:.3f}, "
+                f"format {scores['format_valid']:.3f}",
+            )
+            if value > best:
+                best = value
+                save_adapter(vlm.hf_model, out / "best", "policy", args.model, saved_modules, here.is_main)
+        if stopping or (args.save_every and done % args.save_every == 0):
+            save_checkpoint(out, done, params, optimizer, card | {"best": best}, here, keep=args.keep_checkpoints)
+        if stopping:
+            break
+
+    save_adapter(vlm.hf_model, out / "adapter", "policy", args.model, saved_modules, here.is_main)
+    log.close()
+    here.print(f"adapter: {out}/adapter" + (f", best on held-out faces: {out}/best" if held_out else ""))
+
+
+def main() -> None:
+    args = parse_args()
+    here = dist.setup(args.device, args.threads)
+    try:
+        train(args, here)
+    finally:
+        dist.cleanup()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,259 @@
+"""Stage 1: supervised fine-tuning on AU-grounded traces (paper Eq. 1), the whole loop top to bottom.
+
+    python   train_sft.py --preset tiny --data data/synth --out runs/sft          # laptop, minutes
+    torchrun --nproc-per-node 4 train_sft.py --data TAG310K --image-root IMAGES --out runs/sft-7b
+
+Trained: LoRA on every attention and MLP linear of the language model, and the projector in full. Frozen: the vision
+tower, the embeddings, all base weights. Loss: mean negative log-likelihood of the completion tokens (the end token
+included), never of the prompt.
+
+Departures from the paper, each a choice where it is silent or where we know better:
+1. The loss is divided by the number of completion tokens of the whole optimizer step, over all ranks and micro-batches
+   (not averaged per micro-batch), so `--micro-tokens` and the number of GPUs only change memory and speed.
+2. Sequences are packed into rows of `--micro-tokens` with block-diagonal attention, each at its own rotary positions.
+3. All randomness is a function of (seed, step, rank): a resumed run is the same run.
+
+Run it again with the same flags to resume; see docs/metrics.md for what is logged.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from tag import dist
+from tag.args import Parser, check, claim_run_folder, run
+from tag.checkpoint import load_checkpoint, run_card, save_checkpoint
+from tag.data.batching import Group, collate, plan_micro_batches
+from tag.data.faces import Faces
+from tag.data.order import batch_indices, num_steps
+from tag.data.records import read_records
+from tag.evaluation.generate import predict
+from tag.evaluation.metrics import compute_metrics
+from tag.files import replacing
+from tag.lora import add_lora, load_adapter, save_adapter
+from tag.rollout import RolloutEngine
+from tag.runlog import RunLog
+from tag.trace import strip_boxes
+from tag.trainable import adamw, cosine_lr, print_trainable, train_projector, trained_parameters
+from tag.vlm import PROJECTOR, load_vlm
+
+PRESETS = {
+    # The embedded default: the model that ships with the package, float32 on a CPU, minutes.
+    "tiny": dict(
+        model="tiny",
+        dtype="float32",
+        lora_rank=16,
+        lora_alpha=32,
+        lora_dropout=0.0,
+        lr=2e-3,
+        epochs=4,
+        batch_size=32,
+        micro_tokens=2048,
+        eval_faces=128,
+        eval_every=50,
+        max_new_tokens=160,
+    )
+}
+
+
+def parse_args(argv=None):
+    p = Parser(__doc__, PRESETS)
+    a = p.add_argument_group("data").add_argument
+    a("--data", required=True, help="folder with train.jsonl and val.jsonl (TAG records with traces)")
+    a("--image-root", help="folder the records' image paths start from (default: the data folder)")
+    a("--train-faces", type=int, default=0, help="use only the first N training records, 0 = all")
+    a("--strip-bbox", action="store_true", help="remove the boxes from the traces (the paper's Table 3 ablation)")
+    a("--out", required=True, help="run folder: adapter, checkpoints, metrics; resumed if it holds this run")
+    a = p.add_argument_group("model").add_argument
+    a("--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help='checkpoint folder or hub name, or "tiny"')
+    a("--adapter", help="start from this adapter instead of a fresh one")
+    a("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute; trained weights are float32")
+    a("--lora-rank", type=int, default=128)
+    a("--lora-alpha", type=float, default=256.0)
+    a("--lora-dropout", type=float, default=0.05)
+    a("--freeze-projector", action="store_true", help="do not train the projector")
+    a = p.add_argument_group("optimization").add_argument
+    a("--epochs", type=float, default=3.0, help="passes over the training records")
+    a("--batch-size", type=int, default=256, help="sequences per optimizer step, over all ranks (paper: 8 x 8 x 4)")
+    a("--lr", type=float, default=2e-5, help="peak learning rate (AdamW)")
+    a("--warmup", type=float, default=0.03, help="share of the steps with rising learning rate, then cosine to 0")
+    a("--weight-decay", type=float, default=0.01)
+    a("--clip-norm", type=float, default=1.0, help="largest gradient norm, 0 = no clipping")
+    a("--context", type=int, default=2048, help="longest sequence in tokens; a longer record is an error")
+    a("--seed", type=int, default=0)
+    a = p.add_argument_group(
+        "evaluation on val.jsonl: greedy accuracy and AU IoU, the best adapter is kept"
+    ).add_argument
+    a("--eval-every", type=int, default=200, help="steps between evaluations, 0 = only at the end")
+    a("--eval-faces", type=int, default=512, help="the first N held-out records, 0 = none")
+    a("--max-new-tokens", type=int, default=512)
+    a = p.add_argument_group("how it runs (never changes loss or gradient)").add_argument
+    a("--micro-tokens", type=int, default=8192, help="tokens of one forward pass, per rank: the memory knob")
+    a("--no-pack", action="store_true", help="one sequence a row with padding, instead of packed rows")
+    a("--shard", choices=dist.SHARDING, default="full", help="FSDP2 over all ranks, within nodes, or replicas")
+    a("--activation-checkpointing", action="store_true", help="recompute activations in the backward pass")
+    a("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    a("--threads", type=int, default=0, help="CPU threads, 0 = PyTorch's choice")
+    a("--cache-gb", type=float, default=4.0, help="memory for frozen vision features, per rank")
+    a("--rollout-rows", type=int, default=64, help="rows that decode together in evaluations, per rank")
+    a("--save-every", type=int, default=100, help="steps between checkpoints, 0 = only at the end")
+    a("--keep-checkpoints", type=int, default=2)
+    a("--stop-after", type=int, default=0, help="stop after this many steps of this run's total, checkpoint kept")
+    return p.parse_args(argv)
+
+
+def train(args, here: dist.Dist) -> None:
+    """The loop."""
+    # ---- what to train on -----------------------------------------------------------------------------------------
+    data = Path(args.data)
+    image_root = args.image_root or data
+    records = [r for r in read_records(data / "train.jsonl") if r.trace is not None][: args.train_faces or None]
+    held_out = read_records(data / "val.jsonl")[: args.eval_faces] if args.eval_faces else []
+    check(
+        len(records) >= args.batch_size,
+        f"--batch-size {args.batch_size} exceeds the {len(records)} records with traces",
+    )
+    check(
+        args.batch_size >= here.world, f"--batch-size {args.batch_size} leaves some of {here.world} ranks without work"
+    )
+    resuming = claim_run_folder(args.out, "train_sft.py", args, here.is_main)
+
+    # ---- model: LoRA -> freeze -> activation checkpointing -> shard -----------------------------------------------
+    vlm = load_vlm(args.model, args.dtype, here.device)
+    torch.manual_seed(args.seed)
+    if args.adapter:
+        load_adapter(vlm.hf_model, args.adapter)
+    else:
+        add_lora(vlm.hf_model, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    saved_modules = () if args.freeze_projector else (PROJECTOR,)
+    train_projector(vlm, on=not args.freeze_projector)
+    if args.activation_checkpointing:
+        vlm.hf_model.gradient_checkpointing_enable({"use_reentrant": False})
+    sharded = dist.shard(vlm, here, args.shard)
+    print_trainable(vlm, here)
+    params = trained_parameters(vlm)  # name -> parameter
+    optimizer = adamw(params, args.lr, args.weight_decay)
+
+    # ---- sequences ------------------------------------------------------------------------------------------------
+    prompt = vlm.prompt()
+    traces = [strip_boxes(r.trace) if args.strip_bbox else r.trace for r in records]
+    completions = [vlm.encode_completion(trace) for trace in traces]
+    longest = max(range(len(records)), key=lambda i: len(completions[i]))
+    total = len(prompt.input_ids) + len(completions[longest])
+    check(
+        total <= args.context,
+        f"record {records[longest].id!r} takes {total} tokens, more than --context {args.context}",
+    )
+    faces = Faces(records, image_root, vlm, cache_gb=args.cache_gb)
+    held_out_faces = Faces(held_out, image_root, vlm, cache_gb=args.cache_gb)
+    engine = RolloutEngine(vlm, max_rows=args.rollout_rows, max_new_tokens=args.max_new_tokens)
+
+    # ---- where we are ---------------------------------------------------------------------------------------------
+    steps = num_steps(len(records), args.batch_size, args.epochs)
+    card = run_card("train_sft.py", json.loads(json.dumps(vars(args), default=str)), world=here.world, steps=steps)
+    first_step, best = 0, -1.0
+    if resuming and (loaded := load_checkpoint(args.out, params, optimizer, here)):
+        first_step, best = loaded["step"], loaded["best"]
+        here.print(f"resuming after step {first_step} of {steps}")
+    if here.is_main:
+        with replacing(Path(args.out) / "run.json") as f:
+            f.write(json.dumps(card, indent=2) + "\n")
+    here.print(
+        f"{len(records)} records, {steps} steps of {args.batch_size}, {here.world} process(es), sharded: {sharded}"
+    )
+    log = RunLog(args.out, here.is_main, steps, first_step, "sft")
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+    for step in range(first_step, steps):
+        started = time.perf_counter()
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + here.rank)  # dropout
+        vlm.train()
+
+        # 1. This rank's share of the step's sequences, cut into forward passes by token budget.
+        indices = batch_indices(len(records), args.batch_size, step, args.seed)[here.rank :: here.world]
+        tower = faces.tower(indices)  # (B, patches, D), frozen
+        groups = [Group(prompt, b, [completions[i]], [b]) for b, i in enumerate(indices)]
+        micro_batches = plan_micro_batches(groups, args.micro_tokens, pack=not args.no_pack)
+
+        # 2. One normaliser for the whole step: completion tokens over all micro-batches and ranks.
+        num_targets = sum(len(completions[i]) for i in indices)
+        normaliser = float(here.sum(num_targets))
+
+        # 3. Forward and backward. Ranks must run equally many passes (FSDP2 gathers in each), so a rank with fewer
+        #    repeats its first with weight zero.
+        passes = int(here.max(len(micro_batches)))
+        loss_sum, computed = torch.zeros((), device=here.device), 0
+        for k in range(passes):
+            weight = 1.0 if k < len(micro_batches) else 0.0
+            batch = collate(micro_batches[k if weight else 0], vlm.pad_id).to(here.device)
+            dist.set_gradient_sync(vlm, k == passes - 1)  # reduce-scatter once, in the last backward
+            logprobs, _ = vlm(batch, tower)  # (M,)
+            loss = -weight * logprobs.sum() / normaliser
+            loss.backward()
+            loss_sum += loss.detach()
+            computed += batch.num_tokens
+        dist.sum_replicated_gradients(list(params.values()), here)
+
+        # 4. Update.
+        grad_norm = dist.clip_gradients(list(params.values()), args.clip_norm)
+        lr = cosine_lr(step, steps, args.lr, args.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        check(math.isfinite(grad_norm), f"step {step}: the gradient is not finite; the last checkpoint is untouched")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # 5. Log, evaluate, save.
+        seconds = time.perf_counter() - started
+        metrics = {
+            "loss": float(here.sum(loss_sum)),
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "epoch": (step + 1) * args.batch_size / len(records),
+            "tokens": normaliser,
+            "fill": sum(g.num_tokens for g in groups) / computed,
+            "step_seconds": seconds,
+            "tokens_per_second": normaliser / seconds,
+        }
+        log.step(step, metrics, show=("loss", "grad_norm", "tokens_per_second"))
+        done = step + 1
+        stopping = done == steps or done == args.stop_after
+        if held_out and (done == steps or (args.eval_every and done % args.eval_every == 0)):
+            vlm.eval()
+            engine.refresh("policy")
+            found = predict(engine, held_out_faces, held_out, range(len(held_out)), prompt, args.max_new_tokens, here)
+            scores = compute_metrics(found, resamples=0)
+            value = scores["accuracy"] + (scores["au_iou"] or 0.0)
+            log.event(
+                step,
+                {f"val_{k}": scores[k] for k in ("accuracy", "au_iou", "format_valid", "boxes_per_trace")},
+                f"step {done}: held-out accuracy {scores['accuracy']:.3f}, AU IoU {scores['au_iou'] or 0:.3f}, "
+                f"format {scores['format_valid']:.3f}",
+            )
+            if value > best:
+                best = value
+                save_adapter(vlm.hf_model, Path(args.out) / "best", "policy", args.model, saved_modules, here.is_main)
+        if stopping or (args.save_every and done % args.save_every == 0):
+            save_checkpoint(args.out, done, params, optimizer, card | {"best": best}, here, keep=args.keep_checkpoints)
+        if stopping:
+            break
+
+    save_adapter(vlm.hf_model, Path(args.out) / "adapter", "policy", args.model, saved_modules, here.is_main)
+    log.close()
+    here.print(f"adapter: {args.out}/adapter" + (f", best on held-out faces: {args.out}/best" if held_out else ""))
+
+
+def main() -> None:
+    args = parse_args()
+    here = dist.setup(args.device, args.threads)
+    try:
+        train(args, here)
+    finally:
+        dist.cleanup()
+
+
+if __name__ == "__main__":
+    run(main)
