@@ -1,10 +1,11 @@
 """Accuracy and AU IoU of a checkpoint on TAG records: greedy answers to the one prompt of the task.
 
     python   eval.py --preset tiny --data data/synth/test.jsonl --adapter runs/tag/best --out runs/tag/eval
-    torchrun --nproc-per-node 4 eval.py --data TAG310K/test.jsonl --image-root IMAGES --adapter runs/tag-7b/best --out EVAL
+    torchrun --nproc-per-node 4 eval.py --data TAG310K/test.jsonl --image-root IMAGES \\
+        --adapter runs/tag-7b/best --out EVAL
 
-Without --adapter the base model is asked (zero-shot). Decoding as in the paper: T = 0, at most 512 tokens, at most three
-boxes. Writes into --out: metrics.json, predictions.jsonl (one line a face), table.md, report.html (faces with detector
+Without --adapter the base model is asked (zero-shot). Decoding as in the paper: T = 0, at most 512 tokens, at most
+three boxes. Writes into --out: metrics.json, predictions.jsonl (one line a face), table.md, report.html (faces with detector
 boxes in green and predicted ones in red). Repeating the command goes on where it was stopped.
 """
 

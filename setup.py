@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["tag", "tag.*"]),
-    package_data={"tag": ["assets/tiny-qwen2.5-vl/*", "au/*.json", "synth/*.json"]},
+    package_data={"tag": ["assets/tiny-qwen2.5-vl/*", "au/*.json", "synth/*.json", "report/*.css", "report/*.js"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",

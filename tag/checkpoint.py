@@ -6,7 +6,8 @@
 
 All randomness of a run is a function of (seed, step, sample), so no generator state needs saving. A checkpoint is
 written beside its final name and renamed: it is there whole or not at all. A damaged one is named loudly and the one
-before it is used. Loading reads the rows each rank needs from whatever files hold them, so the number of ranks may change.
+before it is used. Loading reads the rows each rank needs from whatever files hold them, so the number of ranks may
+change.
 """
 
 import hashlib

@@ -210,7 +210,8 @@ def save_adapter(
 def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "policy") -> tuple[str, ...]:
     """Add adapter `name` from a folder in PEFT's format (ours or PEFT's own).
 
-    Returns the paths of the modules it holds in full (`modules_to_save`), loaded as well. Call before sharding. Raises DataError (one line) when the folder holds no adapter, or one of another model.
+    Returns the paths of the modules it holds in full (`modules_to_save`), loaded as well. Call before sharding.
+    Raises DataError (one line) when the folder holds no adapter, or one of another model.
     """
     folder = Path(folder)
     config = read_adapter_config(folder)

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from tag.attention import NAME as ATTENTION
 from tag.boxes import MODEL_SIZE, Canvas
 from tag.data.batching import Batch, Prompt
 from tag.errors import DataError
@@ -37,6 +38,7 @@ class VLM(nn.Module):
         self.hf_model = hf_model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        self.dense_attention = False  # True: one L x L mask instead of blocks, the plain path that tests compare with
         self.kept_projectors: dict[str, dict[str, Tensor]] = {}
         self.source = source  # where the base came from, for the run card and adapter_config.json
         self.text_config = hf_model.config.text_config
@@ -144,11 +146,19 @@ class VLM(nn.Module):
         hidden = language_model(
             inputs_embeds=embeds.view(R, L, -1),
             position_ids=batch.position_ids,
-            attention_mask=batch.attention_mask(embeds.dtype),
+            **self._attention(batch, embeds.dtype),
             use_cache=False,
         ).last_hidden_state  # (R, L, H)
         hidden = hidden.flatten(0, 1)[batch.sources]  # (M, H), only what predicts a completion token
         return token_logprobs_and_entropy(hidden, self.hf_model.lm_head.weight, batch.targets)
+
+    def _attention(self, batch: Batch, dtype: torch.dtype) -> dict:
+        """Who sees whom, as arguments of the language model."""
+        if self.dense_attention:
+            return {"attention_mask": batch.attention_mask(dtype)}
+        # A 4-D mask keeps Hugging Face from building one of its own; with blocks nobody reads it.
+        unused = torch.zeros(1, 1, 1, 1, dtype=dtype, device=batch.input_ids.device)
+        return {"attention_mask": unused, "blocks": batch.blocks}
 
     def merged_text_weights(self, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
         """(name, full tensor) of the language model with `adapter` merged in, one after another.
@@ -175,7 +185,7 @@ def load_vlm(source: str, dtype: str = "bfloat16", device: str | torch.device = 
     folder = str(TINY_MODEL) if source == "tiny" else source
     try:
         hf_model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=DTYPES[dtype], attn_implementation="sdpa"
+            folder, dtype=DTYPES[dtype], attn_implementation={"": "sdpa", "text_config": ATTENTION}
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)

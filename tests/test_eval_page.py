@@ -311,6 +311,26 @@ def test_filters_sorting_and_hostile_text_in_a_browser(tmp_path):
     assert f"{len(expected)} of {len(predictions)} faces" in "".join(tree.text)
 
 
+PLAYER = """<script>
+const seen = [], visible = () => [...document.querySelectorAll(".card:not([hidden])")];
+const cell = document.querySelector('[data-cell="CELL"]');
+cell.click(); seen.push(visible().length, cell.getAttribute("aria-pressed"));
+cell.click(); seen.push(visible().length, cell.getAttribute("aria-pressed"));
+const mark = document.querySelector(".card mark"), card = mark.closest(".card");
+mark.dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
+const lit = [...card.querySelectorAll(".on")], groups = lit.filter((e) => e.tagName === "g");
+seen.push(card.classList.contains("picked"), lit.includes(mark), lit.some((e) => e.tagName === "TR"),
+          groups.length > 0 && groups.every((e) => e.dataset.box === "0" || e.classList.contains("det")));
+document.body.dispatchEvent(new KeyboardEvent("keydown", {key: "j", bubbles: true}));
+seen.push(document.activeElement === visible()[0]);
+const find = document.querySelector("[name=find]");
+find.value = "000007"; find.dispatchEvent(new Event("input", {bubbles: true}));
+seen.push(visible().length);
+document.getElementById("reset").click(); seen.push(visible().length);
+document.title = JSON.stringify(seen);
+</script>"""
+
+
 @needs_browser
 def test_clicks_keys_and_highlights_in_a_browser(tmp_path):
     """A script appended to a copy of the page (its policy taken out) plays the user and writes down what it saw."""
@@ -318,27 +338,7 @@ def test_clicks_keys_and_highlights_in_a_browser(tmp_path):
     out = tmp_path / "page.html"
     write_eval_page(out, predictions, records, lambda r: images[r.id], compute_metrics(predictions))
     pair = max({(p.label, p.answer) for p in predictions if p.answer}, key=str)
-    script = (
-        """<script>
-      const seen = [], visible = () => [...document.querySelectorAll(".card:not([hidden])")];
-      const cell = document.querySelector('[data-cell="%s/%s"]');
-      cell.click(); seen.push(visible().length, cell.getAttribute("aria-pressed"));
-      cell.click(); seen.push(visible().length, cell.getAttribute("aria-pressed"));
-      const mark = document.querySelector(".card mark"), card = mark.closest(".card");
-      mark.dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
-      const lit = [...card.querySelectorAll(".on")];
-      seen.push(card.classList.contains("picked"), lit.includes(mark), lit.some((e) => e.tagName === "TR"),
-                lit.filter((e) => e.tagName === "g").every((e) => e.dataset.box === "0" || e.classList.contains("det")));
-      document.body.dispatchEvent(new KeyboardEvent("keydown", {key: "j", bubbles: true}));
-      seen.push(document.activeElement === visible()[0]);
-      const find = document.querySelector("[name=find]");
-      find.value = "000007"; find.dispatchEvent(new Event("input", {bubbles: true}));
-      seen.push(visible().length);
-      document.getElementById("reset").click(); seen.push(visible().length);
-      document.title = JSON.stringify(seen);
-    </script>"""
-        % pair
-    )
+    script = PLAYER.replace("CELL", "/".join(pair))
     page = out.read_text(encoding="utf-8")
     played = tmp_path / "played.html"
     played.write_text(

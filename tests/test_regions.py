@@ -121,7 +121,7 @@ def test_tables_are_those_that_were_drawn_and_viewed():
     measured = json.loads((ASSETS / "blendshape_to_au.json").read_text())["aus"]
     assert set(measured) == set(RULES)
     for au, entry in measured.items():
-        if au != "AU27":  # there the table clips inside its formula
+        if au not in ("AU27", "AU43", "AU45"):  # clipped inside its formula there; set higher here, see the module
             assert RULES[au][1:] == (entry["lo"], entry["hi"]), au
 
 
@@ -139,10 +139,13 @@ def test_blendshape_activations():
     rest = au_activations(blendshapes())
     assert len(rest) == 20 and not any(rest.values()) and not WEAK & set(rest)
     smile = au_activations(
-        blendshapes(mouthSmileLeft=0.85, mouthSmileRight=0.85, eyeSquintLeft=0.6, eyeSquintRight=0.6)
+        blendshapes(mouthSmileLeft=0.85, mouthSmileRight=0.85, eyeSquintLeft=0.3, eyeSquintRight=0.3)
     )
     assert smile["AU12"] == pytest.approx(1.0)
-    assert smile["AU6"] == pytest.approx(((0.85 * 0.6) ** 0.5 - 0.02) / 0.68)
+    assert smile["AU6"] == pytest.approx(((0.85 * 0.3) ** 0.5 - 0.02) / 0.68)
+    pressed = dict(mouthPressLeft=0.25, mouthPressRight=0.25)
+    assert au_activations(blendshapes(**pressed))["AU24"] == 1.0
+    assert au_activations(blendshapes(**pressed, jawOpen=0.3))["AU24"] == 0.0  # not pressed together on an open mouth
     wide = au_activations(blendshapes(jawOpen=0.75), weak=True)
     assert len(wide) == 24 and wide["AU26"] == 1.0 and wide["AU27"] == 0.5
 

@@ -56,13 +56,18 @@ RULES: dict[str, tuple[Callable[[Blendshapes], float], float, float]] = {
     "AU26": (_one("jawOpen"), 0.02, 0.50),
     "AU27": (_one("jawOpen"), 0.50, 1.0),
     "AU28": (lambda b: (b["mouthRollUpper"] + b["mouthRollLower"]) / 2, 0.03, 0.21),
-    "AU43": (_pair("eyeBlink"), 0.10, 0.60),
-    "AU45": (_pair("eyeBlink"), 0.10, 0.60),
+    # Below 0.5 the eyes are narrowed or look down; closed they are (lid gap / eye width < 0.13) from there on.
+    "AU43": (_pair("eyeBlink"), 0.40, 0.70),
+    "AU45": (_pair("eyeBlink"), 0.40, 0.70),
 }
 
 # AU9 fires on smiles, AU23 has no blendshape of its own, AU27 repeats AU26, and a still picture cannot tell AU45
 # from AU43.
 WEAK = frozenset({"AU9", "AU23", "AU27", "AU45"})
+
+# Lips cannot be apart (AU25) and pressed, tightened or sucked in; the model says both on bared teeth and open mouths.
+CLOSED_LIPS = ("AU23", "AU24", "AU28")
+_LIPS_TOUCH, _LIPS_APART = 0.15, 0.25  # AU25 up to which they count in full, and from which not at all
 
 
 def au_activations(blendshapes: Blendshapes, weak: bool = False) -> dict[str, float]:
@@ -70,5 +75,10 @@ def au_activations(blendshapes: Blendshapes, weak: bool = False) -> dict[str, fl
     activations = {}
     for au, (raw, low, high) in RULES.items():
         if weak or au not in WEAK:
-            activations[au] = min(max((raw(blendshapes) - low) / (high - low), 0.0), 1.0)
-    return activations
+            activations[au] = _clip((raw(blendshapes) - low) / (high - low))
+    together = _clip((_LIPS_APART - activations["AU25"]) / (_LIPS_APART - _LIPS_TOUCH))
+    return {au: value * together if au in CLOSED_LIPS else value for au, value in activations.items()}
+
+
+def _clip(value: float) -> float:
+    return min(max(value, 0.0), 1.0)

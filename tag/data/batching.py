@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tag.attention import AttentionBlock, make_block
+
 PAD_SEGMENT = -1
 
 
@@ -63,6 +65,7 @@ class Batch:
     segment: Tensor  # (R, L) int64, which prompt or completion a token belongs to; PAD_SEGMENT on padding
     prefix: Tensor  # (R, L) int64, the segment a token sees besides its own (its prompt); own segment for prompts
     image_positions: Tensor  # (I * tokens per image,) int64, flat positions in (R * L) where features go
+    blocks: list[AttentionBlock]  # the same visibility as segment and prefix, gathered (tag/attention.py)
     images: list[int]  # I indices into the features tensor, in the order of image_positions
     sources: Tensor  # (M,) int64, flat positions in (R * L) of the hidden states that predict `targets`
     targets: Tensor  # (M,) int64 token ids
@@ -82,10 +85,13 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`."""
         fields = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Batch(**fields)
+        return Batch(**fields | {"blocks": [block.to(device) for block in self.blocks]})
 
     def attention_mask(self, dtype: torch.dtype) -> Tensor:
-        """Additive mask (R, 1, L, L): 0 where a query (dim 2) sees a key (dim 3), a very negative number elsewhere."""
+        """Additive mask (R, 1, L, L): 0 where a query (dim 2) sees a key (dim 3), a very negative number elsewhere.
+
+        The whole truth about who sees whom, L x L; `blocks` says the same more cheaply.
+        """
         query, key = self.segment[:, :, None], self.segment[:, None, :]
         visible = (query == key) | (self.prefix[:, :, None] == key)  # (R, L, L) own segment or own prompt
         visible &= torch.ones(visible.shape[-2:], dtype=torch.bool, device=visible.device).tril()  # and causal
@@ -160,6 +166,7 @@ def collate(rows: Sequence[Sequence[Group]], pad_id: int, pad_side: str = "right
     segment = torch.full((R, width), PAD_SEGMENT, dtype=torch.long)
     prefix = torch.full((R, width), PAD_SEGMENT, dtype=torch.long)
     images: list[int] = []
+    prompts, answers = [], []  # (prefix positions, own positions) of the attention blocks
     image_positions, sources, targets, row_of_target, step_of_target = [], [], [], [], []
 
     for r, row in enumerate(rows):
@@ -175,6 +182,8 @@ def collate(rows: Sequence[Sequence[Group]], pad_id: int, pad_side: str = "right
             images.append(group.image)
             image_positions.append(r * width + cursor + group.prompt.image_mask.nonzero().squeeze(1))
             last_of_prompt = r * width + cursor + P - 1
+            prompt_positions = r * width + cursor + torch.arange(P)
+            prompts.append((prompt_positions[:0], prompt_positions))
             cursor += P
             for completion, n in zip(group.completions, group.rows):
                 T = len(completion)
@@ -187,6 +196,7 @@ def collate(rows: Sequence[Sequence[Group]], pad_id: int, pad_side: str = "right
                 # Token 0 is predicted by the prompt's last hidden state, token t by the one at t - 1. The hidden state
                 # of the last token (the end token) predicts nothing and is dropped.
                 first = r * width + cursor
+                answers.append((prompt_positions, first + torch.arange(T)))
                 sources.append(torch.cat([torch.tensor([last_of_prompt]), first + torch.arange(T - 1)]))
                 targets.append(tokens)
                 row_of_target.append(torch.full((T,), n))
@@ -198,6 +208,7 @@ def collate(rows: Sequence[Sequence[Group]], pad_id: int, pad_side: str = "right
         segment=segment,
         prefix=prefix,
         image_positions=torch.cat(image_positions),
+        blocks=[make_block(prompts), make_block(answers)],
         images=images,
         sources=torch.cat(sources),
         targets=torch.cat(targets),

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tag.boxes import Box, is_valid
-from tag.data.records import DataError, Record
+from tag.data.records import Record
+from tag.errors import DataError
 from tag.files import replacing
 from tag.labels import CLASS_INDEX
 from tag.rewards import au_f1, au_reward

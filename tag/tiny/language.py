@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tag.tiny.questions import Question
-from tag.tiny.tower import GRID, MERGE
+from tag.tiny.tower import GRID, MERGE, norm, rotate
 
 SIDE = GRID // MERGE
 IMAGE_TOKENS = SIDE * SIDE
+PAD_TO = 64  # widths are multiples of it: few shapes to compile
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class Packer:
             self._cache[text] = self._tokenizer(text).input_ids
         return self._cache[text]
 
+    def decode(self, ids: list[int]) -> str:
+        """Text of generated token ids."""
+        return self._tokenizer.decode(ids)
+
     def prompt(self, question: str) -> list[int]:
         """Everything up to where the answer begins."""
         return self.prefix + self.encode(question) + self.after
@@ -67,6 +72,7 @@ class Packer:
         """One row per face, its questions packed one after the other."""
         rows = [self._row(questions) for questions in faces]
         width, lead = max(len(r[0]) for r in rows), len(self.prefix)
+        width = -(-width // PAD_TO) * PAD_TO
         ids = torch.full((len(rows), width), self.pad_id)
         targets, segments = torch.full_like(ids, -100), torch.full_like(ids, -1)
         positions = torch.zeros(3, *ids.shape, dtype=torch.long)
@@ -93,18 +99,39 @@ class Packer:
         return ids, targets, segments, places
 
 
-def language_loss(model: nn.Module, features: Tensor, batch: Batch) -> Tensor:
+def decoder(text: nn.Module, embeds: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    """The forward pass of Qwen2.5-VL's language model on the weights of `text`; the library's, without its wrappers.
+
+    Lean enough for `torch.compile` to fuse, which at this width is worth more than faster matrix products.
+    """
+    section = text.rotary_emb.mrope_section
+    angles = positions[..., None].float() * text.rotary_emb.inv_freq
+    angles = torch.cat([part[i % 3] for i, part in enumerate(angles.split(section, dim=-1))], -1)
+    angles = torch.cat([angles, angles], -1)[:, :, None]
+    cos, sin = angles.cos(), angles.sin()
+    x = embeds
+    for layer in text.layers:
+        attn, (b, n, _) = layer.self_attn, x.shape
+        y = norm(x, layer.input_layernorm)
+        q, k, v = (f(y).view(b, n, -1, attn.head_dim) for f in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k = (rotate(t, cos, sin).to(v.dtype) for t in (q, k))
+        k, v = (t.repeat_interleave(attn.num_key_value_groups, dim=2) for t in (k, v))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + attn.o_proj(y.transpose(1, 2).flatten(2))
+        x = x + layer.mlp(norm(x, layer.post_attention_layernorm))
+    return norm(x, text.norm)
+
+
+def language_loss(model: nn.Module, features: Tensor, batch: Batch, forward=decoder) -> Tensor:
     """Mean cross-entropy on the answer tokens; `features` (B, 64, hidden) stand in the image slots."""
     text = model.model.language_model
     embeds = text.embed_tokens(batch.ids)
-    embeds = torch.cat(
-        [embeds[:, : batch.image_at.start], features.to(embeds.dtype), embeds[:, batch.image_at.stop :]], 1
-    )
-    hidden = text(
-        inputs_embeds=embeds, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
-    ).last_hidden_state
+    before, after = embeds[:, : batch.image_at.start], embeds[:, batch.image_at.stop :]
+    embeds = torch.cat([before, features.to(embeds.dtype), after], 1)
     learnt = batch.targets >= 0
-    return F.cross_entropy(model.lm_head(hidden[learnt]).float(), batch.targets[learnt])
+    hidden = forward(text, embeds, batch.positions, batch.mask)[learnt]
+    return F.cross_entropy(model.lm_head(hidden).float(), batch.targets[learnt])
 
 
 @torch.no_grad()

@@ -56,25 +56,26 @@ class BatchedTower:
         x = F.linear(patches, weight).view(b, len(self.order), MERGE * MERGE, -1)[:, self.order].flatten(1, 2)
         for i, block in enumerate(v.blocks):
             length = GRID * GRID if i in v.fullatt_block_indexes else WINDOW * WINDOW
-            x = x + self._attention(block.attn, _norm(x, block.norm1), length)
-            x = x + block.mlp(_norm(x, block.norm2))
-        x = v.merger.mlp(_norm(x, v.merger.ln_q).view(b, len(self.order), -1))
+            x = x + self._attention(block.attn, norm(x, block.norm1), length)
+            x = x + block.mlp(norm(x, block.norm2))
+        x = v.merger.mlp(norm(x, v.merger.ln_q).view(b, len(self.order), -1))
         return x[:, self.inverse]
 
     def _attention(self, attn: nn.Module, x: Tensor, length: int) -> Tensor:
         b, n, width = x.shape
         q, k, v = attn.qkv(x).view(b, n, 3, attn.num_heads, -1).unbind(2)
-        q, k = (_rotate(t, self.cos, self.sin).to(v.dtype) for t in (q, k))
+        q, k = (rotate(t, self.cos, self.sin).to(v.dtype) for t in (q, k))
         q, k, v = (t.reshape(b * n // length, length, attn.num_heads, -1).transpose(1, 2) for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v)
         return attn.proj(out.transpose(1, 2).reshape(b, n, width))
 
 
-def _norm(x: Tensor, norm: nn.Module) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), norm.variance_epsilon)
+def norm(x: Tensor, layer: nn.Module) -> Tensor:
+    """RMS norm with the weights of one of the library's norm layers."""
+    return F.rms_norm(x, (x.shape[-1],), layer.weight.to(x.dtype), layer.variance_epsilon)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
 

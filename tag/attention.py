@@ -1,0 +1,81 @@
+"""Attention over prompts and their completions, block by block instead of under one big mask.
+
+A row may hold many groups (tag/data/batching.py), and almost all of its L x L attention mask is zero. So the tokens
+are gathered into blocks that do see each other: prompts (P queries, P keys, causal) and completions (T queries; keys
+are the prompt's and, causally, its own). For one group of G that is P^2 + G T (P + T) instead of (P + G T)^2 products.
+
+Registered with Hugging Face as "tag_blocks". Without blocks (generation) it is their sdpa.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+NAME = "tag_blocks"
+
+
+@dataclass
+class AttentionBlock:
+    """S segments of like kind, padded to common lengths. Indices are flat positions in the batch's (R * L) tokens."""
+
+    queries: Tensor  # (S, Q) int64, padding points at position 0
+    keys: Tensor  # (S, K) int64, padding points at position 0
+    mask: Tensor  # (S, 1, Q, K) bool, True where a query sees a key
+    valid: Tensor  # (S * Q,) bool, which queries are real
+
+    def to(self, device: torch.device | str) -> "AttentionBlock":
+        """The same block on `device`."""
+        return AttentionBlock(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+
+
+def make_block(segments: list[tuple[Tensor, Tensor]]) -> AttentionBlock:
+    """Block of (prefix positions, own positions) pairs: all of the prefix is seen, one's own tokens causally."""
+    S = len(segments)
+    Q = max(len(own) for _, own in segments)
+    K = max(len(prefix) + len(own) for prefix, own in segments)
+    queries, keys = torch.zeros(S, Q, dtype=torch.long), torch.zeros(S, K, dtype=torch.long)
+    mask, valid = torch.zeros(S, Q, K, dtype=torch.bool), torch.zeros(S, Q, dtype=torch.bool)
+    for s, (prefix, own) in enumerate(segments):
+        p, t = len(prefix), len(own)
+        queries[s, :t], valid[s, :t] = own, True
+        keys[s, : p + t] = torch.cat([prefix, own])
+        mask[s, :t, :p] = True
+        mask[s, :t, p : p + t] = torch.ones(t, t, dtype=torch.bool).tril()
+        mask[s, t:, 0] = True  # padded queries see something, or some kernels give NaN; their result is dropped
+    return AttentionBlock(queries, keys, mask[:, None], valid.flatten())
+
+
+def block_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    blocks: list[AttentionBlock] | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Hugging Face attention function: query (R, heads, L, D), key, value (R, kv heads, L, D) -> (R, L, heads, D)."""
+    if blocks is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    R, heads, L, D = query.shape
+    repeat = heads // key.shape[1]
+    q, k, v = (x.transpose(1, 2).reshape(R * L, -1, D) for x in (query, key, value))  # (R * L, heads or kv heads, D)
+    out = torch.zeros_like(q)  # padding stays 0
+    for block in blocks:
+        S, Q = block.queries.shape
+        qb = q[block.queries].transpose(1, 2)  # (S, heads, Q, D)
+        kb, vb = (x[block.keys].transpose(1, 2).repeat_interleave(repeat, dim=1) for x in (k, v))  # (S, heads, K, D)
+        ob = F.scaled_dot_product_attention(qb, kb, vb, attn_mask=block.mask, scale=scaling)  # (S, heads, Q, D)
+        ob = ob.transpose(1, 2).reshape(S * Q, heads, D)
+        out = out.index_put((block.queries.flatten()[block.valid],), ob[block.valid])
+    return out.view(R, L, heads, D), None
+
+
+AttentionInterface.register(NAME, block_attention)
+AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

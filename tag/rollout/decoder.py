@@ -1,0 +1,237 @@
+"""Qwen2.5-VL's text decoder for sampling: merged weights in buffers of its own, a static KV cache, two entry points.
+
+    prefill   whole prompts, causal attention, gives the KV to start from and the logits of the first token
+    step      one token for each of R rows, attending to what is in the cache
+
+The weights are copied in place by `load`, so that their addresses never change (CUDA graphs hold on to them) and
+nothing is allocated from one RL step to the next. Linear layers that read the same input are fused into one.
+
+Shapes:  R rows;  S prompts, P prompt length;  L cache length;  N layers;  H hidden;  V vocabulary;  I MLP width;
+         K key/value heads, G query heads for each of them, D head size (K * G * D = H).
+
+One projection gives queries, keys and values *by key/value head*: (K, G + 2, D) = G query heads, the key, the value.
+So the heads that attend to the same keys lie together, R and K fold into one batch dimension without a copy, and a
+token's key and value are written to the cache (N, R, K, 2, L, D) by one operation.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Layer:
+    """Weights of one decoder layer."""
+
+    input_norm: Tensor  # (H,)
+    qkv: Tensor  # (K * (G + 2) * D, H)
+    qkv_bias: Tensor  # (K * (G + 2) * D,)
+    o: Tensor  # (H, H)
+    post_norm: Tensor  # (H,)
+    gate_up: Tensor  # (2 * I, H)
+    down: Tensor  # (H, I)
+
+
+class TextDecoder:
+    """The language model of Qwen2.5-VL, for inference."""
+
+    def __init__(self, config, device: torch.device, dtype: torch.dtype) -> None:
+        _check_supported(config)
+        self.device, self.dtype, self.eps = device, dtype, config.rms_norm_eps
+        self.H, self.V, self.I = config.hidden_size, config.vocab_size, config.intermediate_size
+        self.N, self.K = config.num_hidden_layers, config.num_key_value_heads
+        self.G = config.num_attention_heads // self.K
+        self.D = self.H // config.num_attention_heads
+
+        def new(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        qkv_rows = self.K * (self.G + 2) * self.D
+        self.layers = [
+            Layer(
+                input_norm=new(self.H),
+                qkv=new(qkv_rows, self.H),
+                qkv_bias=new(qkv_rows),
+                o=new(self.H, self.H),
+                post_norm=new(self.H),
+                gate_up=new(2 * self.I, self.H),
+                down=new(self.H, self.I),
+            )
+            for _ in range(self.N)
+        ]
+        self.embed, self.norm = new(self.V, self.H), new(self.H)
+        tied = getattr(config, "tie_word_embeddings", False)  # older text configurations do not say: then a copy
+        self.head = self.embed if tied else new(self.V, self.H)
+        self._places = self._named_places()
+
+        half = torch.arange(0, self.D, 2, dtype=torch.float, device=device)
+        self.inv_freq = 1.0 / config.rope_parameters["rope_theta"] ** (half / self.D)  # (D / 2,)
+        # mRoPE: which of the three position axes (time, height, width) turns each frequency.
+        section = torch.tensor(config.rope_parameters.get("mrope_section", [self.D // 2, 0, 0]), device=device)
+        self.axis = torch.repeat_interleave(torch.arange(3, device=device), section)  # (D / 2,)
+
+    # ---- weights ----------------------------------------------------------------------------------------------
+
+    def _named_places(self) -> dict[str, Tensor]:
+        """Hugging Face name -> the view of our buffers that the tensor of that name is copied to."""
+        places = {"embed_tokens.weight": self.embed, "norm.weight": self.norm, "lm_head.weight": self.head}
+        K, G, D = self.K, self.G, self.D
+        for i, layer in enumerate(self.layers):
+            weight, bias = layer.qkv.view(K, G + 2, D, self.H), layer.qkv_bias.view(K, G + 2, D)
+            parts = {"q_proj": slice(0, G), "k_proj": slice(G, G + 1), "v_proj": slice(G + 1, G + 2)}
+            for name, part in parts.items():
+                places[f"layers.{i}.self_attn.{name}.weight"] = weight[:, part]  # (K, G or 1, D, H)
+                places[f"layers.{i}.self_attn.{name}.bias"] = bias[:, part]
+            places[f"layers.{i}.self_attn.o_proj.weight"] = layer.o
+            places[f"layers.{i}.mlp.gate_proj.weight"] = layer.gate_up[: self.I]
+            places[f"layers.{i}.mlp.up_proj.weight"] = layer.gate_up[self.I :]
+            places[f"layers.{i}.mlp.down_proj.weight"] = layer.down
+            places[f"layers.{i}.input_layernorm.weight"] = layer.input_norm
+            places[f"layers.{i}.post_attention_layernorm.weight"] = layer.post_norm
+        return places
+
+    @torch.no_grad()
+    def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy every weight into its place.
+
+        Takes the whole iterator whatever happens: gathering a sharded tensor is a collective, and a rank that stopped
+        early would leave the others waiting. Raises ValueError afterwards if a tensor was unknown or missing.
+        """
+        unknown, missing = [], set(self._places)
+        for name, tensor in named_tensors:
+            place = self._places.get(name)
+            if place is None or place.numel() != tensor.numel():
+                unknown.append(f"{name} {tuple(tensor.shape)}")
+                continue
+            place.copy_(tensor.detach().view(place.shape))
+            missing.discard(name)
+        if unknown or missing:
+            raise ValueError(
+                f"weights do not fit the rollout decoder: {len(unknown)} unknown or of another size {unknown[:3]}, "
+                f"{len(missing)} missing {sorted(missing)[:3]}"
+            )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the engine's own copy of the weights."""
+        tensors = {t.data_ptr(): t for layer in self.layers for t in vars(layer).values()}
+        tensors |= {t.data_ptr(): t for t in (self.embed, self.norm, self.head)}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def kv_bytes(self, rows: int, length: int) -> int:
+        """Bytes of the KV cache of `rows` sequences of `length` tokens."""
+        return self.N * rows * self.K * length * 2 * self.D * self.dtype.itemsize
+
+    def new_cache(self, rows: int, length: int) -> Tensor:
+        """An empty KV cache (N, rows, K, 2, length, D); zeros, because masked-out columns must not be NaN."""
+        return torch.zeros(self.N, rows, self.K, 2, length, self.D, dtype=self.dtype, device=self.device)
+
+    # ---- forward ----------------------------------------------------------------------------------------------
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and signed sin for `rotate`. positions (3, ...) mRoPE or, all axes equal, (...). Returns two (..., D)."""
+        # Angles in fp32 (bfloat16 cannot tell position 257 from 256), then rounded as Hugging Face rounds them.
+        if positions.ndim > 1:
+            positions = positions[self.axis].movedim(0, -1)  # (..., D / 2), the axis of each frequency
+        else:
+            positions = positions[..., None]
+        angle = positions * self.inv_freq  # (..., D / 2)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([cos, cos], -1).to(self.dtype), torch.cat([-sin, sin], -1).to(self.dtype)
+
+    def prefill(self, embeds: Tensor, position_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Run whole prompts, padded on the right: causal attention never looks there, so no mask is needed.
+
+        embeds (S, P, H), position_ids (3, S, P), lengths (S,) of the prompts without padding. Returns the KV
+        (N, S, K, 2, P, D) and the logits of the token after each prompt (S, V).
+        """
+        S, P, H = embeds.shape
+        K, G, D = self.K, self.G, self.D
+        cos, sin = (t.view(S, P, 1, 1, D) for t in self.rotary(position_ids))
+        cache = self.new_cache(S, P)
+        x = embeds.reshape(S * P, H)  # (S * P, H), new: the residual stream is updated in place
+        for i, layer in enumerate(self.layers):
+            qkv = F.linear(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias).view(S, P, K, G + 2, D)
+            rotate_(qkv[..., : G + 1, :], cos, sin)
+            qkv = qkv.permute(0, 2, 3, 1, 4)  # (S, K, G + 2, P, D)
+            cache[i].copy_(qkv[:, :, G:])
+            q = qkv[:, :, :G].reshape(S, K * G, P, D)
+            k, v = (qkv[:, :, j, None].expand(S, K, G, P, D).reshape(S, K * G, P, D) for j in (G, G + 1))
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (S, K * G, P, D)
+            x = torch.addmm(x, attended.transpose(1, 2).reshape(S * P, H), layer.o.t())
+            x = self._mlp(x, layer)
+        last = x.view(S, P, H)[torch.arange(S, device=x.device), lengths - 1]  # (S, H)
+        return cache, F.linear(self._norm(last, self.norm), self.head)
+
+    def step(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: Tensor, logits: Tensor) -> None:
+        """One token for each row: write its KV at column `slots`, leave the logits of the next token in `logits`.
+
+        tokens, positions (rotary), slots (R,) int64; cache (N, R, K, 2, L, D), columns up to each row's slot are
+        attended to; logits (R, V).
+        """
+        R, K, G, D = len(tokens), self.K, self.G, self.D
+        L = cache.shape[4]
+        cos, sin = (t.view(R, 1, 1, D) for t in self.rotary(positions))
+        columns = torch.arange(L, device=tokens.device)
+        mask = torch.zeros(R, L, dtype=self.dtype, device=tokens.device)
+        mask.masked_fill_(columns > slots[:, None], float("-inf"))
+        mask = mask[:, None].expand(R, K, L).reshape(R * K, 1, L)
+        pairs = torch.arange(R * K, device=tokens.device)  # one for each row and key/value head
+        slots = slots[:, None].expand(R, K).reshape(R * K)
+        x = F.embedding(tokens, self.embed)  # (R, H)
+        for i, layer in enumerate(self.layers):
+            qkv = F.linear(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias).view(R, K, G + 2, D)
+            rotate_(qkv[:, :, : G + 1], cos, sin)
+            qkv = qkv.view(R * K, G + 2, D)
+            kv = cache[i].view(R * K, 2, L, D)
+            kv[pairs, :, slots] = qkv[:, G:]
+            attended = _attend(qkv[:, :G], kv[:, 0], kv[:, 1], mask)  # (R * K, G, D)
+            x = torch.addmm(x, attended.view(R, self.H), layer.o.t())
+            x = self._mlp(x, layer)
+        torch.mm(self._norm(x, self.norm), self.head.t(), out=logits)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.H,), weight, self.eps)
+
+    def _mlp(self, x: Tensor, layer: Layer) -> Tensor:
+        """x + SwiGLU(norm(x)), x (M, H)."""
+        gate_up = F.linear(self._norm(x, layer.post_norm), layer.gate_up)  # (M, 2 * I)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.addmm(x, F.silu(gate, inplace=True).mul_(up), layer.down.t())
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary embedding in place: (a, b) -> (a cos - b sin, b cos + a sin) for the two halves a, b of the last axis.
+
+    x (..., D); cos and sin broadcast to it, `sin` with its first half negated.
+    """
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (b, a)
+    x.mul_(cos).addcmul_(swapped, sin)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of G queries to L keys for each of R * K pairs; q (R * K, G, D), k and v (R * K, L, D), mask additive.
+
+    In fp32 on a CPU three plain operations are two to three times faster than PyTorch's fused kernel, which is made
+    for many queries; in lower precision the fused kernel is the one that keeps the scores in fp32.
+    """
+    if q.dtype == torch.float32 and not q.is_cuda:
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)  # (R * K, G, L)
+        return torch.bmm(scores.softmax(-1), v)
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=mask[:, None])[:, 0]
+
+
+def _check_supported(config) -> None:
+    """Raise ValueError for a text configuration that this decoder would compute wrongly."""
+    problems = []
+    if config.rope_parameters.get("rope_type", "default") not in ("default", "mrope"):
+        problems.append(f"rope_type {config.rope_parameters['rope_type']!r}")
+    if config.hidden_act != "silu":
+        problems.append(f"hidden_act {config.hidden_act!r}")
+    if any(kind != "full_attention" for kind in config.layer_types):
+        problems.append("sliding-window attention")
+    if problems:
+        raise ValueError(f"the rollout engine does not support {', '.join(problems)}; use the hf rollout backend")

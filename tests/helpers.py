@@ -1,0 +1,169 @@
+"""What several test files build or do: small models, random completions and faces, several processes."""
+
+import importlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from tag.data.batching import Group, Prompt
+from tag.lora import add_lora, lora_layers
+from tag.tiny.checkpoint import build_config, build_image_processor, build_model
+from tag.vlm import TINY_MODEL, VLM
+
+TESTS = Path(__file__).parent
+
+
+def make_vlm(seed: int = 0) -> VLM:
+    """A random fp32 Qwen2.5-VL of 0.4 M parameters, the same for the same seed.
+
+    The usual initialisation is nearly uniform in attention and output, and would hide a wrong mask or position; these
+    weights are large enough that every token and face matters.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    model = build_model(build_config(tokenizer, small=True), seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in model.parameters():
+            noise = torch.randn(param.shape, generator=generator)
+            if param.ndim >= 2:
+                param.copy_(noise * param[0].numel() ** -0.5)
+            else:
+                param.add_(0.2 * noise)
+        model.model.language_model.embed_tokens.weight.mul_(3.0)
+    model.requires_grad_(False)
+    return VLM(model.eval(), tokenizer, build_image_processor(), "a random model")
+
+
+def add_random_lora(vlm: VLM, rank: int = 4, name: str = "policy", seed: int = 0, dropout: float = 0.0) -> VLM:
+    """Put adapter `name` on `vlm`, with random B, so that it does something and A gets gradients."""
+    torch.manual_seed(seed)
+    add_lora(vlm.hf_model, rank, 2.0 * rank, dropout, name)
+    with torch.no_grad():
+        for layer in lora_layers(vlm.hf_model).values():
+            layer.lora_B[name].normal_(std=0.1)
+    return vlm
+
+
+def random_faces(count: int, seed: int = 0) -> list[Image.Image]:
+    """Blocky random images: portrait, landscape and square."""
+    rng = np.random.default_rng(seed)
+    sizes = [(224, 224), (150, 260), (300, 180)]
+    blocks = [Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)) for _ in range(count)]
+    return [block.resize(sizes[i % 3], Image.Resampling.NEAREST) for i, block in enumerate(blocks)]
+
+
+def random_groups(
+    prompt: Prompt,
+    num_groups: int,
+    group_size: int,
+    longest: int = 9,
+    seed: int = 0,
+    vocab: int = 1100,
+    end: int = 1147,
+    images: int | None = None,
+) -> list[Group]:
+    """Groups of completions of 1 to `longest` random tokens, the last one the end token; rows prompt-major."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for b in range(num_groups):
+        lengths = rng.integers(0, longest, group_size)
+        completions = [[*rng.integers(0, vocab, n).tolist(), end] for n in lengths]
+        groups.append(Group(prompt, b % (images or num_groups), completions, [b * group_size + g for g in range(group_size)]))
+    return groups
+
+
+def completion_mask(groups: Sequence[Group]) -> Tensor:
+    """(N, T) bool of the completions of `groups`, whose rows are 0 .. N - 1."""
+    lengths = {row: len(c) for g in groups for c, row in zip(g.completions, g.rows)}
+    mask = torch.zeros(len(lengths), max(lengths.values()), dtype=torch.bool)
+    for row, length in lengths.items():
+        mask[row, :length] = True
+    return mask
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected magnitude."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    """The same parameters, none with a zero gradient, each equal up to `tolerance` of its largest element."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.abs().max() > 0, f"{name} has no gradient: the test would prove nothing"
+        error = relative_error(found[name], value)
+        assert error < tolerance, f"gradient of {name} differs by {error:.1e}"
+
+
+def gradients(params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Copies of the gradients, which are then removed."""
+    copies = {name: p.grad.detach().clone() for name, p in params.items()}
+    for param in params.values():
+        param.grad = None
+    return copies
+
+
+# ---- several processes ------------------------------------------------------------------------------------------
+
+
+def run_processes(world: int, target: str, *args: object, timeout: float = 300.0) -> str:
+    """Call `target` ("module:function", module in this folder) with strings `args` in `world` processes as `torchrun`
+    starts them; returns what they printed. Fails unless all end by themselves with exit code 0.
+
+    Importing transformers takes seconds. It is done once, then the processes are forked, before torch has computed
+    anything; each ends as a whole interpreter does (a process group left in disorder aborts there).
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), *filter(None, [env.get("PYTHONPATH")])])
+    command = [sys.executable, __file__, str(world), target, *map(str, args)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f"{target} in {world} processes: exit code {done.returncode}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
+def _launch(world: int, target: str, args: list[str]) -> None:
+    module, function = target.split(":")
+    call = getattr(importlib.import_module(module), function)
+    children = []
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+            torch.set_num_threads(1)
+            call(*args)
+            return
+        children.append(pid)
+    failed = 0
+    for _ in range(world):
+        pid, status = os.wait()
+        if status and not failed:
+            failed = 1
+            print(f"rank {children.index(pid)} ended with {os.waitstatus_to_exitcode(status)}", file=sys.stderr)
+            for other in children:  # they may wait for the dead one
+                if other != pid:
+                    _kill(other)
+    sys.exit(failed)
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, 15)
+    except ProcessLookupError:
+        pass
+
+
+if __name__ == "__main__":
+    _launch(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -1,0 +1,370 @@
+"""tools/detect_aus.py: every row of the table ends in a record or in the rejected file, and nothing is lost on the way.
+
+    pytest tests/test_detect_aus.py
+
+Most tests put a made-up detector in MediaPipe's place; those named `real` need the photographs and the model (folder
+../shared/assets, or $TAG_ASSETS) and are skipped without them.
+"""
+
+import csv
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tag.au.base import NO_FACE, Detector, FaceAUs
+from tag.au.mesh import NUM_POINTS
+from tag.boxes import is_valid
+from tag.data.records import read_records, resolve_image
+from tag.trace import aus_of_boxes, parse
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = Path(os.environ.get("TAG_ASSETS") or ROOT.parent / "shared" / "assets")
+
+
+def load_tool(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool("detect_aus")
+draw_tool = load_tool("draw_boxes")
+
+
+class MadeUpDetector(Detector):
+    """A "face" on every image that is not of one colour; mesh and scores depend on the image's content alone."""
+
+    name = "made-up"
+    batch_size = 3
+
+    def __init__(self, seen: list, stop_after: int | None = None, slow: bool = False) -> None:
+        self.seen, self.stop_after, self.slow = seen, stop_after, slow
+
+    def detect(self, images):
+        if self.slow:
+            time.sleep(random.random() * 0.01)
+        return [self._one(image) for image in images]
+
+    def _one(self, image):
+        if self.stop_after is not None and len(self.seen) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.seen.append(image.size)
+        if image.getpixel((0, 0)) == (255, 0, 255):
+            raise RuntimeError("graph has errors:\nsecond line")
+        if all(low == high for low, high in image.getextrema()):
+            return NO_FACE
+        rng = np.random.default_rng(int(np.asarray(image, dtype=np.int64).sum()))
+        scores = dict(zip(("AU1", "AU4", "AU6", "AU12", "AU25"), rng.uniform(0, 1, 5).tolist(), strict=True))
+        return FaceAUs(rng.uniform(0.2, 0.8, (NUM_POINTS, 2)), scores, 1, "direct")
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Images the made-up detectors have looked at, over all runs of the test."""
+    images: list = []
+    monkeypatch.setattr(tool, "make_detector", lambda args: MadeUpDetector(images))
+    return images
+
+
+def make_folder(root: Path, count: int = 12, labels=("happiness", "Sad", "SURPRISE")) -> list[list[str]]:
+    """Noise images a.png ... and their rows."""
+    root.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(count):
+        noise = np.random.default_rng(i).integers(0, 256, (16 + i, 24, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(root / f"{i:02d}.png")
+        rows.append([f"{i:02d}.png", labels[i % len(labels)]])
+    return rows
+
+
+def write_csv(path: Path, rows, header=("image", "emotion")) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([header, *rows])
+    return path
+
+
+def call(tmp_path: Path, rows, *flags: str, out: str = "x.jsonl", header=("image", "emotion")) -> int:
+    labels = write_csv(tmp_path / "labels.csv", rows, header)
+    files = ("--images", str(tmp_path / "faces"), "--labels", str(labels), "--out", str(tmp_path / out))
+    return tool.main([*files, "--workers", "2", *flags])
+
+
+def rejected(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def error_line(capsys) -> str:
+    captured = capsys.readouterr().err
+    lines = [line for line in captured.splitlines() if line.strip()]
+    assert len(lines) == 1, captured
+    assert "Traceback" not in captured and len(lines[0]) < 500
+    return lines[0]
+
+
+# ---------------------------------------------------------------- the ordinary run
+
+
+def test_every_row_is_a_record_or_rejected(tmp_path, seen, capsys):
+    rows = make_folder(tmp_path / "faces")
+    Image.new("RGB", (40, 40), (9, 9, 9)).save(tmp_path / "faces" / "blank.png")
+    rows = [rows[0], ["blank.png", "fear"], *rows[1:], ["00.png", "Happy"], ["05.png", "Contempt"]]
+    rows = [r for r in rows if r != ["05.png", "SURPRISE"]]
+    assert call(tmp_path, rows) == 0
+    records, left_out = read_records(tmp_path / "x.jsonl"), rejected(tmp_path / "x.rejected.jsonl")
+    assert len(records) == 11 and len(records) + len(left_out) == len(rows)
+    assert [r.image for r in records] == [image for image, _ in rows if image in {r.image for r in records}][:11]
+    assert [(e["reason"], e["image"], e["line"]) for e in left_out] == [
+        ("no_face", "blank.png", 3),
+        ("repeated_row", "00.png", 14),
+        ("dropped_label", "05.png", 15),
+    ]
+    for record in records:
+        assert (
+            record.detector == "made-up"
+            and record.dataset == "x"
+            and record.label in ("happiness", "sadness", "surprise")
+        )
+        with Image.open(resolve_image(record, tmp_path / "faces")) as image:
+            assert record.size == image.size
+        assert all(a.score >= 0.2 and is_valid(a.box) for a in record.aus)
+        assert [a.score for a in record.aus] == sorted((a.score for a in record.aus), reverse=True)
+        assert record.candidates == [a.au for a in record.aus if a.score >= 0.35][:3]
+        trace = parse(record.trace)
+        assert trace.well_formed and trace.answer == record.label
+        assert trace.boxes == [a.box for a in record.candidate_aus] and aus_of_boxes(trace) == record.candidates
+    summary = capsys.readouterr().out
+    assert "11 of 12 images" in summary and "contempt 1" in summary and "images/s" in summary
+    assert not list(tmp_path.glob("*.progress")) and not list(tmp_path.glob("*.partial"))
+
+
+def test_result_does_not_depend_on_the_number_of_workers(tmp_path, monkeypatch):
+    rows = make_folder(tmp_path / "faces", 30)
+    monkeypatch.setattr(tool, "make_detector", lambda args: MadeUpDetector([], slow=True))
+    flags = ("--test-count", "7", "--val-fraction", "0.2", "--dataset", "d")
+    for workers in ("1", "4"):
+        assert call(tmp_path, rows, *flags, "--workers", workers, out=f"w{workers}.jsonl") == 0
+    assert (tmp_path / "w1.jsonl").read_bytes() == (tmp_path / "w4.jsonl").read_bytes()
+
+
+def test_killed_run_continues_where_it_was(tmp_path, monkeypatch, capsys):
+    rows = make_folder(tmp_path / "faces", 20)
+    monkeypatch.setattr(tool, "make_detector", lambda args: MadeUpDetector([]))
+    assert call(tmp_path, rows, "--dataset", "d", out="whole.jsonl") == 0
+    seen: list = []
+    monkeypatch.setattr(tool, "make_detector", lambda args: MadeUpDetector(seen, stop_after=9))
+    assert call(tmp_path, rows, "--dataset", "d", "--workers", "1") == 130
+    assert "continues" in error_line(capsys) and not (tmp_path / "x.jsonl").exists()
+    journal = tmp_path / "x.jsonl.progress"
+    kept = len(journal.read_text().splitlines()) - 1
+    assert kept >= 6
+    with open(journal, "ab") as f:
+        f.write(b'{"image": "19.png", "stamp"')  # a line torn by the kill
+    seen.clear()
+    monkeypatch.setattr(tool, "make_detector", lambda args: MadeUpDetector(seen))
+    assert call(tmp_path, rows, "--dataset", "d", "--threshold", "0.3") == 2  # other settings: not mixed
+    assert "other settings" in error_line(capsys) and not seen
+    assert call(tmp_path, rows, "--dataset", "d") == 0
+    assert len(seen) == 20 - kept
+    assert (tmp_path / "x.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_finished_output_is_not_overwritten_unasked(tmp_path, seen, capsys):
+    rows = make_folder(tmp_path / "faces", 6)
+    assert call(tmp_path, rows, "--split-files", "--val-count", "2") == 0
+    before = (tmp_path / "x.jsonl").read_bytes()
+    assert [len(read_records(tmp_path / f"{s}.jsonl")) for s in ("train", "val")] == [4, 2]
+    capsys.readouterr()
+    assert call(tmp_path, rows[:3]) == 2 and "--overwrite" in error_line(capsys)
+    assert call(tmp_path, rows, "--split-files", out="y.jsonl") == 2 and "train.jsonl: exists" in error_line(capsys)
+    assert (tmp_path / "x.jsonl").read_bytes() == before
+    assert call(tmp_path, rows[:3], "--overwrite") == 0 and len(read_records(tmp_path / "x.jsonl")) == 3
+
+
+# ---------------------------------------------------------------- bad images
+
+
+def test_truncated_image_stops_the_run_and_nothing_is_lost(tmp_path, seen, capsys):
+    rows = make_folder(tmp_path / "faces", 8)
+    broken = tmp_path / "faces" / "03.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "faces" / "05.png").write_text("not an image")
+    assert call(tmp_path, rows) == 2
+    message = error_line(capsys)
+    assert "labels.csv:5: 03.png" in message and "truncated" in message and "1 more" in message and "skip" in message
+    assert not (tmp_path / "x.jsonl").exists() and len(seen) == 6
+    assert call(tmp_path, rows, "--on-bad-image", "skip") == 0
+    assert len(seen) == 6  # what was done before is not done again
+    reasons = [(e["image"], e["reason"]) for e in rejected(tmp_path / "x.rejected.jsonl")]
+    assert reasons == [("03.png", "unreadable"), ("05.png", "unreadable")]
+    assert "unreadable      2" in capsys.readouterr().out
+
+
+def test_repaired_image_is_looked_at_again(tmp_path, seen, capsys):
+    rows = make_folder(tmp_path / "faces", 4)
+    broken = tmp_path / "faces" / "02.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"")
+    assert call(tmp_path, rows) == 2
+    broken.write_bytes(whole)
+    assert call(tmp_path, rows) == 0 and len(read_records(tmp_path / "x.jsonl")) == 4 and len(seen) == 4
+
+
+def test_missing_images_and_paths_that_leave_the_folder(tmp_path, seen, capsys):
+    rows = make_folder(tmp_path / "faces", 3)
+    Image.new("RGB", (9, 9)).save(tmp_path / "outside.png")
+    rows += [["../outside.png", "fear"], ["sub/../gone.png", "fear"], [str(tmp_path / "outside.png"), "anger"]]
+    assert call(tmp_path, rows) == 2
+    assert "labels.csv:5: ../outside.png" in error_line(capsys) and not seen  # found before any work
+    assert call(tmp_path, rows, "--on-bad-image", "skip") == 0
+    reasons = [e["reason"] for e in rejected(tmp_path / "x.rejected.jsonl")]
+    assert reasons == ["outside_root", "missing", "outside_root"]
+    capsys.readouterr()
+    assert call(tmp_path, [["nowhere.png", "fear"]], out="y.jsonl") == 2
+    assert "is --images right" in error_line(capsys)
+
+
+def test_image_on_which_the_detector_fails_costs_only_itself(tmp_path, seen, capsys):
+    rows = make_folder(tmp_path / "faces", 5)
+    Image.new("RGB", (20, 20), (255, 0, 255)).save(tmp_path / "faces" / "02.png")
+    assert call(tmp_path, rows) == 2
+    assert "02.png: made-up failed (graph has errors: second line)" in error_line(capsys)
+    assert call(tmp_path, rows, "--on-bad-image", "skip") == 0
+    assert len(read_records(tmp_path / "x.jsonl")) == 4
+
+
+def test_no_face_at_all_writes_no_empty_data_set(tmp_path, seen, capsys):
+    (tmp_path / "faces").mkdir()
+    Image.new("L", (30, 30)).save(tmp_path / "faces" / "a.png")
+    assert call(tmp_path, [["a.png", "fear"]]) == 2
+    assert "no face" in error_line(capsys) and not (tmp_path / "x.jsonl").exists()
+
+
+# ---------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "labels.csv: empty"),
+        ("image,emotion\n", "no rows"),
+        ("name,emotion\na.png,fear\n", "labels.csv:1: no image column"),
+        ("image,mood\na.png,fear\n", "labels.csv:1: no label column"),
+        ("image,emotion\n00.png,fear\n01.png,hunger\n", "labels.csv:3: unknown expression label 'hunger'"),
+        ("image,emotion\n\n00.png\n", "labels.csv:3: 1 columns"),
+        ("image,emotion\n ,fear\n", "labels.csv:2: column 'image' names no file"),
+        ("image,emotion\n00.png,fear\n./00.png,anger\n", "labels.csv:3: '00.png' is 'anger' here and 'fear' on line 2"),
+        ("image,emotion\n00.png,contempt\n", "every row"),
+        (b"image,emotion\n\xff\xfe.png,fear\n", "not UTF-8"),
+        ('image,emotion\n"00.png,fear\n' + "x" * 200_000, "labels.csv:"),
+    ],
+)
+def test_bad_tables_are_one_line_naming_the_place(tmp_path, seen, capsys, text, expected):
+    make_folder(tmp_path / "faces", 2)
+    labels = tmp_path / "labels.csv"
+    labels.write_bytes(text if isinstance(text, bytes) else text.encode())
+    out = tmp_path / "x.jsonl"
+    assert tool.main(["--images", str(tmp_path / "faces"), "--labels", str(labels), "--out", str(out)]) == 2
+    assert expected in error_line(capsys) and not seen and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--threshold", "0.5"), "--candidate-threshold"),
+        (("--threshold", "nan"), "--threshold"),
+        (("--test-count", "3", "--test-fraction", "0.1"), "not both"),
+        (("--val-fraction", "1.5"), "--val-fraction"),
+        (("--test-count", "99"), "more than the 2 images"),
+        (("--workers", "0"), "--workers"),
+        (("--detector", "crystal-ball"), "crystal-ball"),
+        (("--no-such-flag",), "no-such-flag"),
+    ],
+)
+def test_bad_flags_are_one_line(tmp_path, seen, capsys, flags, expected):
+    rows = make_folder(tmp_path / "faces", 2)
+    assert call(tmp_path, rows, *flags) == 2
+    assert expected in error_line(capsys) and not seen
+
+
+# ---------------------------------------------------------------- draw_boxes
+
+
+def test_draw_boxes(tmp_path, seen, capsys):
+    rows = make_folder(tmp_path / "faces", 6)
+    assert call(tmp_path, rows) == 0
+    records, root, sheet = str(tmp_path / "x.jsonl"), str(tmp_path / "faces"), str(tmp_path / "sheets" / "s.png")
+    assert draw_tool.main([records, "--image-root", root, "--count", "4", "--size", "128", "--out", sheet]) == 0
+    with Image.open(sheet) as image:
+        assert image.width > 2 * 128 and image.height > 128
+    capsys.readouterr()
+    Image.new("RGB", (99, 99)).save(tmp_path / "faces" / "00.png")
+    assert draw_tool.main([records, "--image-root", root, "--out", sheet]) == 2
+    assert "99 x 99" in error_line(capsys)
+    assert draw_tool.main([records, "--image-root", root, "--out", str(tmp_path / "s.txt")]) == 2
+    assert ".png" in error_line(capsys)
+
+
+# ---------------------------------------------------------------- real faces
+
+
+def real_flags(tmp_path: Path) -> list[str]:
+    pytest.importorskip("mediapipe", reason="mediapipe is not installed (pip install '.[data]')")
+    if not (ASSETS / "faces" / "legend.csv").is_file() or not (ASSETS / "face_landmarker.task").is_file():
+        pytest.skip(f"no photographs and model in {ASSETS} (set TAG_ASSETS)")
+    faces = ASSETS / "faces"
+    return [
+        *("--images", str(faces / "images"), "--labels", str(faces / "legend.csv")),
+        *("--face-landmarker", str(ASSETS / "face_landmarker.task")),
+        *("--out", str(tmp_path / "real.jsonl")),
+    ]
+
+
+def test_real_dozen(tmp_path):
+    """The tool as a user starts it, on a dozen photographs."""
+    command = [sys.executable, str(ROOT / "tools" / "detect_aus.py"), *real_flags(tmp_path), "--limit", "12"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr.strip()  # none of the notices MediaPipe prints
+    records = read_records(tmp_path / "real.jsonl")
+    assert len(records) >= 11 and "face found" in done.stdout
+    for record in records:
+        assert record.detector == "mediapipe" and record.provenance["mediapipe"]
+        brows = [a.box for a in record.aus if a.au in ("AU1", "AU2", "AU4")]
+        chins = [a.box for a in record.aus if a.au in ("AU17", "AU26")]
+        assert all(brow[1] < chin[1] for brow in brows for chin in chins)
+
+
+def test_real_wrong_model_is_one_line(tmp_path):
+    flags = real_flags(tmp_path)
+    (tmp_path / "wrong.task").write_bytes(b"wrong")
+    command = [sys.executable, str(ROOT / "tools" / "detect_aus.py"), *flags, "--face-landmarker"]
+    done = subprocess.run([*command, str(tmp_path / "wrong.task")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "sha256" in done.stderr
+
+
+@pytest.mark.slow
+def test_real_faces_smile_when_happy(tmp_path, capsys):
+    """All photographs: nearly every face is found, and the smile (AU12, AU6) belongs to happiness."""
+    assert tool.main([*real_flags(tmp_path), "--test-count", "99"]) == 0
+    records, left_out = read_records(tmp_path / "real.jsonl"), rejected(tmp_path / "real.rejected.jsonl")
+    assert sum(e["reason"] == "no_face" for e in left_out) <= 0.04 * len(records)
+    assert sum(r.split == "test" for r in records) == 99
+
+    def share(au: str, label: str) -> float:
+        of_class = [r for r in records if r.label == label]
+        return sum(any(a.au == au and a.score >= 0.35 for a in r.aus) for r in of_class) / len(of_class)
+
+    for au in ("AU12", "AU6"):
+        assert share(au, "happiness") > 0.5 and all(share(au, c) < 0.25 for c in ("neutral", "sadness", "surprise"))
+    assert share("AU26", "surprise") > 0.5 > share("AU26", "neutral")

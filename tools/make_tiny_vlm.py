@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Make the tiny Qwen2.5-VL that the embedded default starts from (tag/assets/tiny-qwen2.5-vl).
+
+    python tools/make_tiny_vlm.py --out my-tiny-vlm              # about half an hour on 2 CPU cores
+    python tools/make_tiny_vlm.py --out random --random          # tokenizer and random weights only, seconds
+
+Three stages: the tokenizer; the vision tower through throw-away heads (tag/tiny/tower.py); the language model on top,
+with free-form questions about faces (tag/tiny/language.py). It never sees the TAG prompt or trace format.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a shared machine spinning threads cost more than waking them
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import Qwen2_5_VLForConditionalGeneration  # noqa: E402
+
+from tag.tiny.card import write_card  # noqa: E402
+from tag.tiny.checkpoint import build_config, build_model, build_tokenizer, make_random, save_checkpoint  # noqa: E402
+from tag.tiny.language import Packer  # noqa: E402
+from tag.tiny.training import base_faces, evaluate, initialise, train_language, train_tower  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the stages; returns the exit status."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    out = Path(args.out)
+    if args.random:
+        print(f"{out}: random weights, {make_random(out, args.seed) / 1e6:.1f} MB")
+        return 0
+    if args.faces < 64 or min(args.steps_vision, args.steps_language) < 1:
+        print("error: --faces must be at least 64 and both --steps at least 1", file=sys.stderr)
+        return 2
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+
+    def log(text: str) -> None:
+        print(f"[{time.time() - started:6.0f} s] {text}", flush=True)
+
+    tokenizer = build_tokenizer()
+    model = build_model(build_config(tokenizer), args.seed)
+    initialise(model)
+    packer = Packer(tokenizer)
+    log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
+
+    faces, held_out = base_faces(args.faces, args.workers, args.faces_cache)
+    clock = {"faces": time.time() - started}
+    log(f"{len(faces)} faces drawn")
+
+    begun = time.time()
+    train_tower(model, faces, held_out, args.steps_vision, args.seed, args.compile, log)
+    clock["vision"] = time.time() - begun
+
+    torch.save(model.state_dict(), "/tmp/tiny_stage1.pt")
+    begun = time.time()
+    train_language(model, packer, faces, held_out, args.steps_language, args.seed, args.compile, log)
+    clock["language"] = time.time() - begun
+
+    torch.save(model.state_dict(), "/tmp/tiny_fp32.pt")
+    results = {"fp32": evaluate(model, packer, held_out)}
+    log(f"held out, fp32 weights: {results['fp32']}")
+    save_checkpoint(out, model, tokenizer)
+    saved = Qwen2_5_VLForConditionalGeneration.from_pretrained(out)
+    results["bf16"] = evaluate(saved, packer, held_out)
+    log(f"held out, saved bf16:   {results['bf16']}")
+    write_card(
+        out,
+        {
+            "command": "python " + shlex.join(["tools/make_tiny_vlm.py", *(argv if argv is not None else sys.argv[1:])]),
+            "arguments": {k: v for k, v in vars(args).items() if k != "out"},
+            "seconds": {k: round(v) for k, v in clock.items()},
+            "held_out": results,
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        },
+        tokenizer,
+    )
+    log(f"wrote {out}")
+    print(json.dumps(results))
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", required=True, help="folder to write the checkpoint to")
+    p.add_argument("--steps-vision", type=int, default=1000, help="updates of 32 faces in stage 1 (default %(default)s)")
+    p.add_argument("--steps-language", type=int, default=900, help="updates of 32 faces in stage 2 (default %(default)s)")
+    p.add_argument("--faces", type=int, default=12000, help="training faces, 150 kB of memory each (default %(default)s)")
+    p.add_argument("--faces-cache", help="file to keep the drawn faces in, for further runs")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--threads", type=int, default=2, help="torch threads (default %(default)s)")
+    p.add_argument("--workers", type=int, default=2, help="processes that draw faces (default %(default)s)")
+    p.add_argument("--compile", action="store_true", help="torch.compile both stages: faster, needs a C++ compiler")
+    p.add_argument("--random", action="store_true", help="write tokenizer and small random weights only")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
