@@ -326,7 +326,7 @@ def train(args, here: dist.Dist) -> None:
         if held_out and (done == steps or (args.eval_every and done % args.eval_every == 0)):
             engine.refresh("policy")
             answers = predict(engine, held_out_faces, held_out, range(len(held_out)), prompt, args.max_new_tokens, here)
-            scores = compute_metrics(answers, resamples=0)
+            scores = compute_metrics(answers)
             value = scores["accuracy"] + (scores["au_iou"] or 0.0)
             log.event(
                 step,

@@ -225,7 +225,7 @@ def train(args, here: dist.Dist) -> None:
             vlm.eval()
             engine.refresh("policy")
             found = predict(engine, held_out_faces, held_out, range(len(held_out)), prompt, args.max_new_tokens, here)
-            scores = compute_metrics(found, resamples=0)
+            scores = compute_metrics(found)
             value = scores["accuracy"] + (scores["au_iou"] or 0.0)
             log.event(
                 step,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -40,6 +40,7 @@ class LoRALinear(nn.Module):
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.active: str | None = None
+        self.train(base.training)  # a model in evaluation mode must not get dropout from adapters added later
 
     def add(self, name: str, rank: int, alpha: float, dropout: float, dtype: torch.dtype = torch.float32) -> None:
         """Create adapter `name` (B = 0, so the output does not change)."""
@@ -218,14 +219,20 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "polic
     rank, alpha, dropout = int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0))
     if config.get("use_rslora") or config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
         raise DataError(f"{folder}: rsLoRA, DoRA and per-layer ranks are not supported")
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as f:
-        state = {key.removeprefix(PEFT_PREFIX): f.get_tensor(key) for key in f.keys()}
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as f:
+            state = {key.removeprefix(PEFT_PREFIX): f.get_tensor(key) for key in f.keys()}
+    except (OSError, SafetensorError) as e:
+        raise DataError(f"{folder}: adapter_model.safetensors is damaged ({e})") from None
 
     found = {key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")}
     targets = tuple(sorted({path.rsplit(".", 1)[-1] for path in found}))
     if not targets:
         raise DataError(f"{folder}: adapter_model.safetensors holds no lora_A weights")
-    add_lora(model, rank, alpha, dropout, name, targets=targets)
+    try:
+        add_lora(model, rank, alpha, dropout, name, targets=targets)
+    except ValueError as e:
+        raise DataError(f"{folder}: made for another architecture ({e})") from None
     layers = lora_layers(model)
     if set(layers) != found:
         odd = sorted(set(layers) ^ found)[0]
@@ -233,7 +240,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "polic
     with torch.no_grad():
         for path, layer in layers.items():
             for key, param in (("lora_A", layer.lora_A[name]), ("lora_B", layer.lora_B[name])):
-                _copy_checked(param, state.pop(f"{path}.{key}.weight"), f"{folder}: {path}.{key}")
+                _copy_checked(param, state.pop(f"{path}.{key}.weight", None), f"{folder}: {path}.{key}")
         saved_modules = []
         for path in config.get("modules_to_save") or ():
             # PEFT names them by suffix; ours are full paths.
@@ -241,7 +248,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "polic
             if full_path is None:
                 raise DataError(f"{folder}: module {path!r} is not in this model")
             for key, param in model.get_submodule(full_path).named_parameters():
-                _copy_checked(param, state.pop(f"{full_path}.{key}"), f"{folder}: {full_path}.{key}")
+                _copy_checked(param, state.pop(f"{full_path}.{key}", None), f"{folder}: {full_path}.{key}")
             saved_modules.append(full_path)
     if state:
         raise DataError(f"{folder}: {len(state)} tensors have no place in this model, e.g. {next(iter(state))!r}")
@@ -252,19 +259,19 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
     """The adapter_config.json of a folder. Raises DataError when it is not a LoRA adapter folder."""
     path = Path(folder) / "adapter_config.json"
     if not path.is_file() or not (Path(folder) / "adapter_model.safetensors").is_file():
-        raise ValueError(
-            f"{folder}: not an adapter folder (adapter_config.json and adapter_model.safetensors expected)"
-        )
+        raise DataError(f"{folder}: not an adapter folder (adapter_config.json and adapter_model.safetensors expected)")
     try:
         config = json.loads(path.read_text())
-        if config["peft_type"] != "LORA" or int(config["r"]) < 1:
+        if config["peft_type"] != "LORA" or int(config["r"]) < 1 or float(config["lora_alpha"]) <= 0:
             raise ValueError
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{path}: not a LoRA adapter configuration") from None
     return config
 
 
-def _copy_checked(param: Tensor, value: Tensor, where: str) -> None:
+def _copy_checked(param: Tensor, value: Tensor | None, where: str) -> None:
+    if value is None:
+        raise DataError(f"{where} is missing")
     if param.shape != value.shape:
         raise DataError(f"{where} has shape {tuple(value.shape)}, this model needs {tuple(param.shape)}")
     if isinstance(param, DTensor):

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tag.attention import NAME as ATTENTION
@@ -35,6 +36,8 @@ class VLM(nn.Module):
 
     def __init__(self, hf_model: nn.Module, tokenizer, image_processor, source: str = "") -> None:
         super().__init__()
+        # Any other text attention would ignore the blocks `forward` hands over, and see everything.
+        hf_model.set_attn_implementation({"": "sdpa", "text_config": ATTENTION})
         self.hf_model = hf_model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -184,12 +187,19 @@ def load_vlm(source: str, dtype: str = "bfloat16", device: str | torch.device = 
     """
     folder = str(TINY_MODEL) if source == "tiny" else source
     try:
-        hf_model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=DTYPES[dtype], attn_implementation={"": "sdpa", "text_config": ATTENTION}
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if kind != "qwen2_5_vl":  # else the class would build a model of its default size, 7 billion random weights
+            raise ValueError(f"its config.json is of a {kind} model")
+        hf_model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype=DTYPES[dtype], output_loading_info=True
         )
+        if missing := sorted(report["missing_keys"]):  # they would be random numbers
+            raise ValueError(f"{len(missing)} weights are missing, e.g. {missing[0]}")
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        if tokenizer.convert_tokens_to_ids("<|image_pad|>") != hf_model.config.image_token_id:  # empty if files miss
+            raise ValueError("its tokenizer is missing or another model's")
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as e:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise DataError(f"cannot load a Qwen2.5-VL checkpoint from {source!r}: {reason[:200]}") from None
     hf_model.requires_grad_(False)

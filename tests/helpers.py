@@ -77,7 +77,8 @@ def random_groups(
     for b in range(num_groups):
         lengths = rng.integers(0, longest, group_size)
         completions = [[*rng.integers(0, vocab, n).tolist(), end] for n in lengths]
-        groups.append(Group(prompt, b % (images or num_groups), completions, [b * group_size + g for g in range(group_size)]))
+        rows = [b * group_size + g for g in range(group_size)]
+        groups.append(Group(prompt, b % (images or num_groups), completions, rows))
     return groups
 
 

@@ -222,12 +222,13 @@ def test_audit_counts_what_it_says():
         trace_of(("AU4", WHOLE), answer="anger"),
         trace_of(answer="anger"),
     ]
-    rewards = [score_completion(t, record) for t in texts] + [score_completion(trace_of(), bare)] * 4
+    rewards = [score_completion(t, record) for t in texts] + [score_completion(trace_of(("AU4", BROW)), bare)] * 4
     a = audit(rewards, group_size=4)
-    assert [a[k] for k in ("k0", "k1", "k2", "k3", "k_over_3")] == [5 / 8, 2 / 8, 0, 1 / 8, 0]
-    assert a["duplicate_box_rate"] == pytest.approx(1 / 5) and a["whole_face_box_rate"] == pytest.approx(1 / 5)
+    assert [a[k] for k in ("k0", "k1", "k2", "k3", "k_over_3")] == [1 / 8, 6 / 8, 0, 1 / 8, 0]
+    assert a["duplicate_box_rate"] == pytest.approx(1 / 9) and a["whole_face_box_rate"] == pytest.approx(1 / 9)
     assert a["named_box_rate"] == 1.0
-    # Right: AU4, AU4, AU12. Wrong: AU12 on the brow. The whole-face box overlaps the larger AU box most.
+    # Right: AU4, AU4, AU12. Wrong: AU12 on the brow. The whole-face box overlaps the larger AU box most. On the face
+    # without AUs nothing can agree or disagree.
     brow_is_larger = iou(WHOLE, BROW) > iou(WHOLE, MOUTH)
     assert a["box_au_agreement"] == pytest.approx((3 + brow_is_larger) / 5)
     assert a["iou"] == pytest.approx(np.mean([r.paper_iou for r in rewards[:4]]))

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -43,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.faces < 64 or min(args.steps_vision, args.steps_language) < 1:
         print("error: --faces must be at least 64 and both --steps at least 1", file=sys.stderr)
         return 2
-    out.mkdir(parents=True, exist_ok=True)
+    for folder in filter(None, (args.out, args.work)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     started = time.time()
 
     def log(text: str) -> None:
@@ -55,20 +55,28 @@ def main(argv: list[str] | None = None) -> int:
     packer = Packer(tokenizer)
     log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
 
-    faces, held_out = base_faces(args.faces, args.workers, args.faces_cache)
+    work = Path(args.work) if args.work else None
+    faces, held_out = base_faces(args.faces, args.workers, work and work / f"faces-{args.faces}.pt")
     clock = {"faces": time.time() - started}
-    log(f"{len(faces)} faces drawn")
+    log(f"{len(faces)} faces")
 
-    begun = time.time()
-    train_tower(model, faces, held_out, args.steps_vision, args.seed, args.compile, log)
-    clock["vision"] = time.time() - begun
+    done = work and work / f"tower-{args.faces}-{args.steps_vision}-{args.seed}.pt"
+    if done and done.is_file():
+        kept = torch.load(done)
+        model.load_state_dict(kept["model"])
+        clock["vision"] = kept["seconds"]
+        log(f"vision tower read from {done}")
+    else:
+        begun = time.time()
+        train_tower(model, faces, held_out, args.steps_vision, args.seed, args.compile, log)
+        clock["vision"] = time.time() - begun
+        if done:
+            torch.save({"model": model.state_dict(), "seconds": clock["vision"]}, done)
 
-    torch.save(model.state_dict(), "/tmp/tiny_stage1.pt")
     begun = time.time()
     train_language(model, packer, faces, held_out, args.steps_language, args.seed, args.compile, log)
     clock["language"] = time.time() - begun
 
-    torch.save(model.state_dict(), "/tmp/tiny_fp32.pt")
     results = {"fp32": evaluate(model, packer, held_out)}
     log(f"held out, fp32 weights: {results['fp32']}")
     save_checkpoint(out, model, tokenizer)
@@ -78,8 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     write_card(
         out,
         {
-            "command": "python " + shlex.join(["tools/make_tiny_vlm.py", *(argv if argv is not None else sys.argv[1:])]),
-            "arguments": {k: v for k, v in vars(args).items() if k != "out"},
+            "command": command(args),
+            "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "work")},
             "seconds": {k: round(v) for k, v in clock.items()},
             "held_out": results,
             "versions": {
@@ -95,14 +103,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def command(args: argparse.Namespace) -> str:
+    """The command line that gives the same checkpoint, without the folders of this machine."""
+    text = (
+        f"python tools/make_tiny_vlm.py --out DIR --faces {args.faces} --steps-vision {args.steps_vision} "
+        f"--steps-language {args.steps_language} --seed {args.seed} --threads {args.threads}"
+    )
+    return text + (" --compile" if args.compile else "")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", required=True, help="folder to write the checkpoint to")
-    p.add_argument("--steps-vision", type=int, default=1000, help="updates of 32 faces in stage 1 (default %(default)s)")
-    p.add_argument("--steps-language", type=int, default=900, help="updates of 32 faces in stage 2 (default %(default)s)")
-    p.add_argument("--faces", type=int, default=12000, help="training faces, 150 kB of memory each (default %(default)s)")
-    p.add_argument("--faces-cache", help="file to keep the drawn faces in, for further runs")
+    p.add_argument("--steps-vision", type=int, default=1000, help="updates of stage 1 (default %(default)s)")
+    p.add_argument("--steps-language", type=int, default=900, help="updates of stage 2 (default %(default)s)")
+    p.add_argument("--faces", type=int, default=12000, help="training faces, 150 kB each (default %(default)s)")
+    p.add_argument("--work", help="folder to keep the faces and the trained tower in, for further runs")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=2, help="torch threads (default %(default)s)")
     p.add_argument("--workers", type=int, default=2, help="processes that draw faces (default %(default)s)")

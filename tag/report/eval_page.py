@@ -209,7 +209,9 @@ def _card(order: int, p: Prediction, record: Record, load_image: Callable[[Recor
     try:
         image = load_image(record)
         uri = image_uri(Canvas(*image.size).letterbox(image, MODEL_SIZE), quality)
-        picture = f'<img src="{uri}" alt="face {esc(p.id)}" width="{MODEL_SIZE}" height="{MODEL_SIZE}" decoding="async">'
+        picture = (
+            f'<img src="{uri}" alt="face {esc(p.id)}" width="{MODEL_SIZE}" height="{MODEL_SIZE}" decoding="async">'
+        )
     except _IMAGE_ERRORS as e:
         picture = f'<div class="missing">no image: {esc(str(e)[:200])}</div>'
     written = trace_html(trace, scores, p.aus) if p.text else '<span class="note">(no text)</span>'
@@ -248,11 +250,11 @@ def _box_table(scores: Sequence[BoxScore]) -> str:
         return '<p class="facts">no valid box</p>'
     rows = []
     for i, s in enumerate(scores):
-        note = "" if s.counted else ' title="does not count in Eq. 4"'
+        note = "" if s.counted else ' title="extra: not among the min(n, k) boxes that Eq. 4 counts"'
         rows.append(
             f'<tr data-box="{i}" data-au="{esc(s.au or "")}"{note}><td>{i + 1}</td><td>{esc(s.named or "–")}</td>'
             f'<td>{esc(s.au or "–")}</td><td><span class="track"><i style="width:{s.iou * 100:.0f}%"></i></span>'
-            f"{s.iou:.2f}{'' if s.counted else ' <span class=dim>not counted</span>'}</td></tr>"
+            f"{s.iou:.2f}{'' if s.counted else ' <span class=dim>extra</span>'}</td></tr>"
         )
     head = (
         '<tr><th scope="col">#</th><th scope="col">named</th><th scope="col">closest</th><th scope="col">IoU</th></tr>'

@@ -91,7 +91,7 @@ class SeededSampler(LogitsProcessor):
 
 
 def left_padded(vlm, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """Prompts as `generate` and `forward` of the Hugging Face model take them, features in place, padded on the left."""
+    """Prompts as the Hugging Face model takes them: features in place, padded on the left."""
     P = max(len(p.input_ids) for p in prompts)
     input_ids = torch.zeros(len(prompts), P, dtype=torch.long)
     position_ids = torch.zeros(3, len(prompts), P, dtype=torch.long)

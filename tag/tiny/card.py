@@ -18,17 +18,19 @@ pipeline_tag: image-text-to-text
 ---
 # Tiny Qwen2.5-VL for faces
 
-The base model of the embedded default: the Qwen2.5-VL architecture and file layout at {parameters:.2f} M parameters, trained
-from scratch on synthetic faces (`tag/synth`). It plays the part that Qwen2.5-VL-7B-Instruct plays in the paper: it sees
-faces and answers free-form questions about them (which expression, which action units, where), but it has never seen
-the TAG prompt or the think / bbox / answer format. It knows drawn faces only; it is of no use on photographs.
+The base model of the embedded default: the Qwen2.5-VL architecture and file layout at {parameters:.2f} M parameters,
+trained from scratch on synthetic faces (`tag/synth`). It plays the part that Qwen2.5-VL-7B-Instruct
+plays in the paper: it sees faces and answers free-form questions about them (which expression, which action units,
+where), but it has never seen the TAG prompt or the think / bbox / answer format. It knows drawn faces only; it is of
+no use on photographs.
 
 | | |
 |---|---|
 | Files | bf16 safetensors, whole folder {megabytes:.1f} MB |
 | Vision | 4 layers, 128 wide, windows of 112 px, 224 x 224 px -> 64 visual tokens |
-| Language | 4 layers, 160 wide, 4 heads (2 KV), tied embeddings, vocabulary {vocab} (byte-level BPE, Qwen's pre-tokenizer) |
-| Tokens | TAG prompt {prompt_tokens}; synthetic traces {trace_tokens:.0f} on average, {trace_tokens_max} at most (300 traces) |
+| Language | 4 layers, 160 wide, 4 heads (2 KV), tied embeddings, vocabulary {vocab} |
+| Tokenizer | byte-level BPE with Qwen's pre-tokenizer; `<bbox>` is several ordinary tokens |
+| Tokens | TAG prompt {prompt_tokens}; traces {trace_tokens:.0f} on average, {trace_tokens_max} at most (of 300) |
 
 ## How it was made
 
@@ -38,8 +40,8 @@ the TAG prompt or the think / bbox / answer format. It knows drawn faces only; i
 
 Seconds on this run: {seconds}. Versions: {versions}.
 
-1. Vision tower and merger alone, through throw-away heads on the 64 merged tokens: AU intensities, class, and the box of
-   every AU as coordinate bins. On language-model loss alone a model of this size does not learn to look.
+1. Vision tower and merger alone, through throw-away heads on the 64 merged tokens: AU intensities, class, and the
+   box of every AU as coordinate bins. On language-model loss alone a model of this size does not learn to look.
 2. The language model on the frozen visual features, cross-entropy on answer tokens: expression, AU list, AU and part
    coordinates (bare `[x1, y1, x2, y2]` on the 512 canvas), descriptions in words.
 

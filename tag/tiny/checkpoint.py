@@ -1,8 +1,9 @@
 """The tiny Qwen2.5-VL of the embedded default as a checkpoint folder: tokenizer, chat template, processor, config.
 
-Same architecture, file layout and code path as `Qwen/Qwen2.5-VL-7B-Instruct`, about 1/3000 of its size. The tokenizer is
-a byte-level BPE with Qwen's pre-tokenizer, so that `<bbox>` is several ordinary tokens that merge with their neighbours
-(`>[`, `]</`) and digits stand alone, as in the real one: code that works here does not lean on token boundaries.
+Same architecture, file layout and code path as `Qwen/Qwen2.5-VL-7B-Instruct`, about 1/3000 of its size. The tokenizer
+is a byte-level BPE with Qwen's pre-tokenizer, so that `<bbox>` is several ordinary tokens that merge with their
+neighbours (`>[`, `]</`) and digits stand alone, as in the real one: code that works here does not lean on token
+boundaries.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Stage 2 of the tiny base model: the language model learns to talk about the faces that the tower already sees.
 
-One sequence holds one face and all its questions: `<image> question answer | question answer | ...`. Every pair attends
-to the image and to itself alone, and its rotary positions restart after the image, so each pair is a conversation of its
-own (no answer can be read off an earlier one) while the 64 image tokens are computed once.
+One sequence holds one face and all its questions: `<image> question answer | question answer | ...`. Every pair
+attends to the image and to itself alone, and its rotary positions restart after the image, so each pair is a
+conversation of its own (no answer can be read off an earlier one) while the 64 image tokens are computed once.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ from tag.tiny.tower import GRID, MERGE, norm, rotate
 
 SIDE = GRID // MERGE
 IMAGE_TOKENS = SIDE * SIDE
-PAD_TO = 64  # widths are multiples of it: few shapes to compile
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,13 @@ class Packer:
         """Everything up to where the answer begins."""
         return self.prefix + self.encode(question) + self.after
 
-    def batch(self, faces: list[list[Question]]) -> Batch:
-        """One row per face, its questions packed one after the other."""
-        rows = [self._row(questions) for questions in faces]
-        width, lead = max(len(r[0]) for r in rows), len(self.prefix)
-        width = -(-width // PAD_TO) * PAD_TO
+    def batch(self, faces: list[list[Question]], width: int | None = None) -> Batch:
+        """One row per face, its questions packed one after the other.
+
+        With `width` every row has that many tokens (one shape to compile), and what does not fit is not asked.
+        """
+        rows = [self._row(questions, width) for questions in faces]
+        width, lead = width or max(len(r[0]) for r in rows), len(self.prefix)
         ids = torch.full((len(rows), width), self.pad_id)
         targets, segments = torch.full_like(ids, -100), torch.full_like(ids, -1)
         positions = torch.zeros(3, *ids.shape, dtype=torch.long)
@@ -85,12 +86,14 @@ class Packer:
         mask = (same | (segments[:, None, :] == 0)).tril()  # padding sees padding: no row without a key
         return Batch(ids, positions, mask[:, None], targets, self.image_at)
 
-    def _row(self, questions: list[Question]) -> tuple[list[int], list[int], list[int], list[int]]:
+    def _row(self, questions: list[Question], width: int | None) -> tuple[list[int], ...]:
         ids, targets = list(self.prefix), [-100] * len(self.prefix)
         segments, places = [0] * len(self.prefix), []
         for number, q in enumerate(questions, 1):
             asked = self.encode(q.question) + self.after
             answer = [*self.encode(q.answer), self.end_id]
+            if width and len(ids) + len(asked) + len(answer) - 1 > width:
+                continue
             ids += asked + answer[:-1]
             targets += [-100] * (len(asked) - 1) + answer
             length = len(asked) + len(answer) - 1
@@ -135,7 +138,9 @@ def language_loss(model: nn.Module, features: Tensor, batch: Batch, forward=deco
 
 
 @torch.no_grad()
-def answer(model: nn.Module, packer: Packer, features: Tensor, questions: list[str], limit: int = 48) -> list[list[int]]:
+def answer(
+    model: nn.Module, packer: Packer, features: Tensor, questions: list[str], limit: int = 48
+) -> list[list[int]]:
     """Greedy answers (token ids without the end token), one question per face; a check, not the rollout engine.
 
     Rows are grouped by prompt length, so that nothing is padded.

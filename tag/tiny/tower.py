@@ -81,11 +81,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Heads(nn.Module):
-    """The throw-away heads on merged tokens: mean pool -> AUs and class, one attention pool per AU -> its box."""
+    """The throw-away heads on merged tokens: mean pool -> class, one attention pool per AU -> its intensity and box."""
 
     def __init__(self, hidden: int):
         super().__init__()
-        self.aus = nn.Linear(hidden, NUM_AUS)
+        self.aus = nn.Parameter(torch.randn(NUM_AUS, hidden) * hidden**-0.5)
+        self.au_bias = nn.Parameter(torch.full((NUM_AUS,), -1.5))
         self.classes = nn.Linear(hidden, NUM_CLASSES)
         self.queries = nn.Parameter(torch.randn(NUM_AUS, hidden) * hidden**-0.5)
         self.boxes = nn.Parameter(torch.randn(NUM_AUS, hidden, 4 * NUM_BINS) * hidden**-0.5)
@@ -97,7 +98,8 @@ class Heads(nn.Module):
         weights = (self.queries @ tokens.transpose(1, 2)).softmax(-1)
         local = weights @ tokens
         boxes = torch.einsum("bah,aho->bao", local, self.boxes).unflatten(-1, (4, NUM_BINS))
-        return self.aus(pooled), self.classes(pooled), boxes, self.place(tokens)
+        aus = (local * self.aus).sum(-1) + self.au_bias
+        return aus, self.classes(pooled), boxes, self.place(tokens)
 
 
 def bin_targets(boxes: Tensor, sigma: float = 0.8) -> Tensor:

@@ -25,6 +25,9 @@ from tag.tiny.tower import BatchedTower, Heads, bins_to_boxes, to_patches, tower
 BASE_SEEDS, HELD_OUT_SEEDS = 30_000_000, 39_000_000
 OTHER_DOMAINS = 0.15  # share of line art and grey faces
 
+TOWER_BATCH = 16  # faces
+LANGUAGE_BATCH, LANGUAGE_WIDTH = 16, 336  # faces, tokens of a face with its questions
+
 Log = Callable[[str], None]
 
 
@@ -51,9 +54,9 @@ def draw_faces(start: int, counts: dict[str, int], workers: int) -> Faces:
     return Faces(*(torch.from_numpy(np.concatenate(p)) for p in zip(*parts)))
 
 
-def base_faces(count: int, workers: int, cache: str | None = None) -> tuple[Faces, Faces]:
+def base_faces(count: int, workers: int, cache: Path | None = None) -> tuple[Faces, Faces]:
     """The base model's training faces and its 300 held-out ones (shaded), read from the `cache` file if it exists."""
-    if cache and Path(cache).is_file():
+    if cache and cache.is_file():
         kept = torch.load(cache)
         if len(kept["train"]["images"]) != count:
             raise ValueError(f"{cache} holds {len(kept['train']['images'])} faces, not {count}")
@@ -101,7 +104,9 @@ class Optimizer:
         self.step_number += 1
 
 
-def train_tower(model: nn.Module, faces: Faces, held_out: Faces, steps: int, seed: int, compiled: bool, log: Log) -> None:
+def train_tower(
+    model: nn.Module, faces: Faces, held_out: Faces, steps: int, seed: int, compiled: bool, log: Log
+) -> None:
     """Stage 1: vision tower and merger through throw-away heads."""
     torch.manual_seed(seed)
     visual = model.model.visual
@@ -109,9 +114,9 @@ def train_tower(model: nn.Module, faces: Faces, held_out: Faces, steps: int, see
     forward = torch.compile(tower.__call__) if compiled else tower
     matrices = [p for n, p in visual.named_parameters() if p.ndim == 2]
     others = [p for n, p in visual.named_parameters() if p.ndim != 2] + list(heads.parameters())
-    optimizer = Optimizer(matrices, others, lr=3e-3, steps=steps)
+    optimizer = Optimizer(matrices, others, lr=2.5e-3, steps=steps)
     meter = _Meter(log, "vision", steps)
-    for index in meter.loop(_batches(len(faces), 32, steps, seed)):
+    for index in meter.loop(_batches(len(faces), TOWER_BATCH, steps, seed)):
         with torch.autocast("cpu", torch.bfloat16):
             tokens = forward(to_patches(faces.images[index]))
         parts = tower_loss(heads, tokens.float(), faces.labels[index], faces.intensities[index], faces.boxes[index])
@@ -120,10 +125,11 @@ def train_tower(model: nn.Module, faces: Faces, held_out: Faces, steps: int, see
     with torch.no_grad():
         aus, classes, boxes, _ = heads(tower_features(model, held_out).float())
     found = bins_to_boxes(boxes).round().long()
+    pairs = zip(found.view(-1, 4).tolist(), held_out.boxes.view(-1, 4).tolist())
     log(
         f"vision held out: class {float((classes.argmax(-1) == held_out.labels).float().mean()):.3f}, "
         f"AU error {float((aus.sigmoid() - held_out.intensities).abs().mean()):.3f}, "
-        f"box IoU {np.mean([iou(a, b) for a, b in zip(found.view(-1, 4).tolist(), held_out.boxes.view(-1, 4).tolist())]):.3f}"
+        f"box IoU {float(np.mean([iou(a, b) for a, b in pairs])):.3f}"
     )
 
 
@@ -154,9 +160,9 @@ def train_language(
     rng = random.Random(seed)
     arrays = [a.numpy() for a in (faces.labels, faces.intensities, faces.boxes)]
     meter = _Meter(log, "language", steps)
-    for index in meter.loop(_batches(len(faces), 32, steps, seed + 1)):
+    for index in meter.loop(_batches(len(faces), LANGUAGE_BATCH, steps, seed + 1)):
         rows = [conversation(rng, AUS, *(a[i] for a in arrays)) for i in index.tolist()]
-        batch = packer.batch(rows)
+        batch = packer.batch(rows, LANGUAGE_WIDTH)
         with torch.autocast("cpu", torch.bfloat16):
             loss = language_loss(model, features[index], batch, forward)
         optimizer.step(loss)
