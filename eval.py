@@ -5,8 +5,8 @@
         --adapter runs/tag-7b/best --out EVAL
 
 Without --adapter the base model is asked (zero-shot). Decoding as in the paper: T = 0, at most 512 tokens, at most
-three boxes. Writes into --out: metrics.json, predictions.jsonl (one line a face), table.md, report.html (faces with detector
-boxes in green and predicted ones in red). Repeating the command goes on where it was stopped.
+three boxes. Writes into --out: metrics.json, predictions.jsonl (one line a face), table.md, report.html (faces with
+detector boxes in green and predicted ones in red). Repeating the command goes on where it was stopped.
 """
 
 import json

@@ -32,12 +32,12 @@ from tag.data.batching import Group, collate, plan_micro_batches, split_groups
 from tag.data.faces import Faces
 from tag.data.order import batch_indices, num_steps, rollout_seed
 from tag.data.records import read_records
-from tag.evaluation.generate import predict
-from tag.evaluation.metrics import compute_metrics
+from tag.evaluation.held_out import HeldOut
 from tag.files import replacing
 from tag.gates import check_mismatch, check_ratio, check_reference, enforce, mismatch, pad_logprobs
 from tag.grpo import KL_ESTIMATORS, LOSS_AVERAGES, RATIO_LEVELS, group_advantages, grpo_loss, loss_normaliser
 from tag.lora import copy_adapter, load_adapter, save_adapter, set_adapter, set_dropout, set_trainable
+from tag.record import completion_entry, completion_tensors, face_entry, save_record, snapshot
 from tag.rewards import AU_KINDS, audit, reward_means, score_completion
 from tag.rollout import RolloutEngine
 from tag.runlog import RunLog
@@ -123,7 +123,9 @@ def parse_args(argv=None):
     a("--cache-gb", type=float, default=4.0, help="memory for frozen vision features, per rank")
     a("--save-every", type=int, default=25, help="steps between checkpoints, 0 = only at the end")
     a("--keep-checkpoints", type=int, default=2)
-    a("--show-rollouts", type=int, default=10, help="steps between dumps of some groups to rollouts.jsonl, 0 = none")
+    a("--record-every", type=int, default=10, help="steps between step records (tag/record.py), 0 = only tripped gates")
+    a("--record-state", action="store_true", help="records hold weights and moments too, for tools/replay_step.py")
+    a("--record-budget-mb", type=float, default=1024, help="all records together; the oldest go")
     a("--stop-after", type=int, default=0, help="stop after this many steps of this run's total, checkpoint kept")
     a("--waive-gates", action="store_true", help="warn instead of stopping when a self-check fails")
     args = p.parse_args(argv)
@@ -141,7 +143,7 @@ def train(args, here: dist.Dist) -> None:
     data, out, G = Path(args.data), Path(args.out), args.group_size
     image_root = args.image_root or data
     records = read_records(data / "train.jsonl")[: args.train_faces or None]
-    held_out = read_records(data / "val.jsonl")[: args.eval_faces] if args.eval_faces else []
+    validation = read_records(data / "val.jsonl")[: args.eval_faces] if args.eval_faces else []
     faces_per_step = args.rollouts_per_step // G
     check(faces_per_step >= here.world, f"{faces_per_step} faces a step leave some of {here.world} ranks without work")
     resuming = claim_run_folder(out, "train_grpo.py", args, here.is_main)
@@ -167,15 +169,15 @@ def train(args, here: dist.Dist) -> None:
 
     prompt = vlm.prompt()
     faces = Faces(records, image_root, vlm, cache_gb=args.cache_gb)
-    held_out_faces = Faces(held_out, image_root, vlm, cache_gb=args.cache_gb)
     engine = RolloutEngine(vlm, args.rollout_rows, args.max_new_tokens, backend=args.rollout_backend)
 
     # ---- where we are
     steps = args.max_steps or num_steps(len(records), faces_per_step, args.epochs)
+    held_out = HeldOut(validation, image_root, vlm, args, steps, here)
     card = run_card("train_grpo.py", json.loads(json.dumps(vars(args), default=str)), world=here.world, steps=steps)
-    first_step, best = 0, -1.0
+    first_step = 0
     if resuming and (loaded := load_checkpoint(out, params, optimizer, here)):
-        first_step, best = loaded["step"], loaded["best"]
+        first_step, held_out.best = loaded["step"], loaded["best"]
         here.print(f"resuming after step {first_step} of {steps}")
     if here.is_main:
         with replacing(out / "run.json") as f:
@@ -190,6 +192,8 @@ def train(args, here: dist.Dist) -> None:
     # ---- the loop
     for step in range(first_step, steps):
         clock = StepStats()
+        recording = bool(args.record_every) and step % args.record_every == 0
+        before = snapshot(params, optimizer) if recording and args.record_state else {}
 
         # 1. Sample G completions per face with the current policy, merged into the rollout engine's own weights.
         indices = batch_indices(len(records), faces_per_step, step, args.seed)[here.rank :: here.world]
@@ -247,6 +251,7 @@ def train(args, here: dist.Dist) -> None:
 
         # 6. Update: ratio, clip, KL (tag/grpo.py), backward, step. At the first inner update pi_old is pi_theta itself.
         old_logprobs = torch.zeros(N, T, device=here.device)  # (N, T)
+        complaints: list[str] = []
         lr = warmup_lr(step, args.lr, args.warmup_steps)
         for update in range(args.updates_per_step):
             stats = clock.new_update()
@@ -257,7 +262,7 @@ def train(args, here: dist.Dist) -> None:
                     (logprobs.sum() * 0.0).backward()
                     continue
                 here_mask = batch.scatter(torch.ones_like(entropy), N, T)  # (N, T), the completions of this pass
-                logprobs = batch.scatter(logprobs, N, T)  # (N, T)
+                logprobs, entropy = batch.scatter(logprobs, N, T), batch.scatter(entropy, N, T)  # (N, T)
                 if update == 0:
                     old_logprobs = torch.where(here_mask.bool(), logprobs.detach(), old_logprobs)
                 terms = grpo_loss(
@@ -275,28 +280,48 @@ def train(args, here: dist.Dist) -> None:
                     normaliser=normaliser,
                 )
                 terms.loss.backward()
-                stats.add(terms, here_mask, entropy)
+                stats.add(terms, here_mask, logprobs, entropy)
             dist.sum_replicated_gradients(list(params.values()), here)
+
+            grad_norm = dist.clip_gradients(list(params.values()), args.clip_norm)
 
             # Gates: what was sampled is what is trained, and nothing moved before the first update.
             if update == 0:
                 found = mismatch(sampled_logprobs, old_logprobs, mask)
-                complaints = [check_mismatch(found, args.dtype), check_ratio(stats.ratio, mask)]
+                checks = [check_mismatch(found, args.dtype), check_ratio(stats.ratio, mask)]
                 if step == 0 and args.kl_reference == "sft" and stats.kl is not None:
-                    complaints.append(check_reference(stats.kl, mask, args.dtype))
-                enforce(complaints, args.waive_gates, step, here, log.write)
-
-            grad_norm = dist.clip_gradients(list(params.values()), args.clip_norm)
-            check(
-                math.isfinite(grad_norm), f"step {step}: the gradient is not finite; the last checkpoint is untouched"
-            )
+                    checks.append(check_reference(stats.kl, mask, args.dtype))
+                complaints = [c for rank in here.gather(checks) for c in rank if c]
+            if not math.isfinite(grad_norm):
+                complaints.append("the gradient is not finite; the last checkpoint is untouched")
+            if complaints and not args.waive_gates:
+                break
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.step()
+            if math.isfinite(grad_norm):
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         clock.lap("update_seconds")
 
-        # 7. Log, evaluate, save.
+        # 7. Record the step, on schedule and whenever a gate has tripped; then stop, or go on if gates are waived.
+        if recording or complaints:
+            save_record(
+                out,
+                card | {"step": step, "complaints": complaints, "loss": stats.sums, "grad_norm": grad_norm},
+                [face_entry(records[i], faces.paths[i]) for i in indices],
+                [completion_entry(r, w) for r, w in zip(rollouts, rewards)],
+                completion_tensors(prompt, rollouts, rewards, advantages)
+                | stats.tensors
+                | {"sampled_logprobs": sampled_logprobs, "old_logprobs": old_logprobs}
+                | ({} if ref_logprobs is None else {"ref_logprobs": ref_logprobs}),
+                before,
+                here,
+                args.record_budget_mb,
+            )
+            clock.lap("record_seconds")
+        enforce(complaints, args.waive_gates, step, log.write)
+
+        # 8. Log, evaluate, save.
         everyone = [r for rank in here.gather(rewards) for r in rank]  # groups stay whole
         metrics = {
             **reward_means(everyone),
@@ -312,39 +337,24 @@ def train(args, here: dist.Dist) -> None:
             "truncated": float(here.sum(float(sum(r.finish_reason == "length" for r in rollouts)))) / len(everyone),
         }
         log.step(step, metrics, show=("reward", "reward_ans", "reward_au", "kl", "grad_norm"))
-        if args.show_rollouts and step % args.show_rollouts == 0:
-            log.rollouts(
-                step,
-                (
-                    {"id": records[indices[n // G]].id, "sample": n % G, "seed": r.seed, "text": r.text}
-                    | {"fmt": w.fmt, "ans": w.ans, "au": w.au, "reward": w.total, "advantage": float(advantages[n])}
-                    for n, (r, w) in enumerate(zip(rollouts[: 2 * G], rewards))
-                ),
-            )
         done = step + 1
         stopping = done == steps or done == args.stop_after
-        if held_out and (done == steps or (args.eval_every and done % args.eval_every == 0)):
+        if held_out.due(done):
             engine.refresh("policy")
-            answers = predict(engine, held_out_faces, held_out, range(len(held_out)), prompt, args.max_new_tokens, here)
-            scores = compute_metrics(answers)
-            value = scores["accuracy"] + (scores["au_iou"] or 0.0)
-            log.event(
-                step,
-                {f"val_{k}": scores[k] for k in ("accuracy", "au_iou", "format_valid", "boxes_per_trace")},
-                f"step {done}: held-out accuracy {scores['accuracy']:.3f}, AU IoU {scores['au_iou'] or 0:.3f}, "
-                f"format {scores['format_valid']:.3f}",
-            )
-            if value > best:
-                best = value
+            scores = held_out.evaluate(engine)
+            log.event(step, scores)
+            if held_out.improved(scores):
                 save_adapter(vlm.hf_model, out / "best", "policy", args.model, saved_modules, here.is_main)
         if stopping or (args.save_every and done % args.save_every == 0):
-            save_checkpoint(out, done, params, optimizer, card | {"best": best}, here, keep=args.keep_checkpoints)
+            save_checkpoint(
+                out, done, params, optimizer, card | {"best": held_out.best}, here, keep=args.keep_checkpoints
+            )
         if stopping:
             break
 
     save_adapter(vlm.hf_model, out / "adapter", "policy", args.model, saved_modules, here.is_main)
     log.close()
-    here.print(f"adapter: {out}/adapter" + (f", best on held-out faces: {out}/best" if held_out else ""))
+    here.print(f"adapter: {out}/adapter" + (f", best on held-out faces: {out}/best" if validation else ""))
 
 
 def main() -> None:

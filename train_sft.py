@@ -30,8 +30,7 @@ from tag.data.batching import Group, collate, plan_micro_batches
 from tag.data.faces import Faces
 from tag.data.order import batch_indices, num_steps
 from tag.data.records import read_records
-from tag.evaluation.generate import predict
-from tag.evaluation.metrics import compute_metrics
+from tag.evaluation.held_out import HeldOut
 from tag.files import replacing
 from tag.lora import add_lora, load_adapter, save_adapter
 from tag.rollout import RolloutEngine
@@ -111,7 +110,7 @@ def train(args, here: dist.Dist) -> None:
     data = Path(args.data)
     image_root = args.image_root or data
     records = [r for r in read_records(data / "train.jsonl") if r.trace is not None][: args.train_faces or None]
-    held_out = read_records(data / "val.jsonl")[: args.eval_faces] if args.eval_faces else []
+    validation = read_records(data / "val.jsonl")[: args.eval_faces] if args.eval_faces else []
     check(
         len(records) >= args.batch_size,
         f"--batch-size {args.batch_size} exceeds the {len(records)} records with traces",
@@ -148,15 +147,15 @@ def train(args, here: dist.Dist) -> None:
         f"record {records[longest].id!r} takes {total} tokens, more than --context {args.context}",
     )
     faces = Faces(records, image_root, vlm, cache_gb=args.cache_gb)
-    held_out_faces = Faces(held_out, image_root, vlm, cache_gb=args.cache_gb)
     engine = RolloutEngine(vlm, max_rows=args.rollout_rows, max_new_tokens=args.max_new_tokens)
 
     # ---- where we are ---------------------------------------------------------------------------------------------
     steps = num_steps(len(records), args.batch_size, args.epochs)
+    held_out = HeldOut(validation, image_root, vlm, args, steps, here)
     card = run_card("train_sft.py", json.loads(json.dumps(vars(args), default=str)), world=here.world, steps=steps)
-    first_step, best = 0, -1.0
+    first_step = 0
     if resuming and (loaded := load_checkpoint(args.out, params, optimizer, here)):
-        first_step, best = loaded["step"], loaded["best"]
+        first_step, held_out.best = loaded["step"], loaded["best"]
         here.print(f"resuming after step {first_step} of {steps}")
     if here.is_main:
         with replacing(Path(args.out) / "run.json") as f:
@@ -221,29 +220,23 @@ def train(args, here: dist.Dist) -> None:
         log.step(step, metrics, show=("loss", "grad_norm", "tokens_per_second"))
         done = step + 1
         stopping = done == steps or done == args.stop_after
-        if held_out and (done == steps or (args.eval_every and done % args.eval_every == 0)):
+        if held_out.due(done):
             vlm.eval()
             engine.refresh("policy")
-            found = predict(engine, held_out_faces, held_out, range(len(held_out)), prompt, args.max_new_tokens, here)
-            scores = compute_metrics(found)
-            value = scores["accuracy"] + (scores["au_iou"] or 0.0)
-            log.event(
-                step,
-                {f"val_{k}": scores[k] for k in ("accuracy", "au_iou", "format_valid", "boxes_per_trace")},
-                f"step {done}: held-out accuracy {scores['accuracy']:.3f}, AU IoU {scores['au_iou'] or 0:.3f}, "
-                f"format {scores['format_valid']:.3f}",
-            )
-            if value > best:
-                best = value
+            scores = held_out.evaluate(engine)
+            log.event(step, scores)
+            if held_out.improved(scores):
                 save_adapter(vlm.hf_model, Path(args.out) / "best", "policy", args.model, saved_modules, here.is_main)
         if stopping or (args.save_every and done % args.save_every == 0):
-            save_checkpoint(args.out, done, params, optimizer, card | {"best": best}, here, keep=args.keep_checkpoints)
+            save_checkpoint(
+                args.out, done, params, optimizer, card | {"best": held_out.best}, here, keep=args.keep_checkpoints
+            )
         if stopping:
             break
 
     save_adapter(vlm.hf_model, Path(args.out) / "adapter", "policy", args.model, saved_modules, here.is_main)
     log.close()
-    here.print(f"adapter: {args.out}/adapter" + (f", best on held-out faces: {args.out}/best" if held_out else ""))
+    here.print(f"adapter: {args.out}/adapter" + (f", best on held-out faces: {args.out}/best" if validation else ""))
 
 
 def main() -> None:

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tag.dist import Dist
 from tag.errors import DataError
+from tag.files import write_tensors
 
 CARD = "checkpoint.json"
 
@@ -72,12 +72,10 @@ def save_checkpoint(
         elif not here.is_main:
             continue
         if rows.numel() or rows.ndim == 0:
-            mine[name] = rows.cpu().contiguous()
+            mine[name] = rows
             layout[name] = {"start": start, "shape": list(tensor.shape)}
     file = partial / f"rank-{here.rank:05d}.safetensors"
-    save_file(mine, file, metadata={"layout": json.dumps(layout)})
-    with open(file, "rb+") as f:
-        os.fsync(f.fileno())
+    write_tensors(file, mine, {"layout": json.dumps(layout)})
     files = here.gather({"name": file.name, "bytes": file.stat().st_size, "sha256": _sha256(file)})
 
     if here.is_main:
@@ -86,7 +84,10 @@ def save_checkpoint(
         (partial / CARD).write_text(text + "\n")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        for old in sorted(folder.glob("step-??????"))[: -max(keep, 1)]:
+        # Later ones can only be damaged ones that this run resumed before: counted in, they would push sound ones out.
+        older = [f for f in sorted(folder.glob("step-??????")) if f.name <= final.name]
+        later = [f for f in folder.glob("step-??????") if f.name > final.name]
+        for old in older[: -max(keep, 1)] + later:
             shutil.rmtree(old)
     here.barrier()
 

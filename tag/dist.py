@@ -5,6 +5,7 @@ vision tower and the projector. They are small (0.7 of 8.3 billion parameters), 
 need no collective, so ranks may encode different numbers of faces at any time without waiting for each other.
 """
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -88,7 +89,12 @@ def setup(device: str = "auto", threads: int = 0) -> Dist:
 
 
 def cleanup() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one.
+
+    Garbage first: FSDP2's modules and their optimizer hang together in cycles, and what still holds a communicator when
+    the group goes makes gloo's threads abort the process at exit ("terminate called without an active exception").
+    """
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 

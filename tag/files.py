@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[TextIO]:
@@ -22,3 +25,16 @@ def replacing(path: str | os.PathLike) -> Iterator[TextIO]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, on the disk and readable by whoever may read the folder when this returns, or not there."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(partial, 0o666 & ~umask)  # safetensors makes it readable by its owner alone
+    with open(partial, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(partial, path)

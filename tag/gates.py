@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tag.dist import Dist
 from tag.errors import UsageError
 
 # Largest sampled-vs-scored log-prob difference per token. In float32 engine and trainer differ by summation order only;
@@ -77,9 +76,9 @@ def check_reference(kl: Tensor, completion_mask: Tensor, dtype: str) -> str | No
     )
 
 
-def enforce(complaints: list[str | None], waived: bool, step: int, here: Dist, write: Callable[[str], None]) -> None:
-    """Raise GateError on the first complaint of any rank, on all ranks; or print it when gates are waived."""
-    for complaint in (c for rank in here.gather(complaints) for c in rank if c):
+def enforce(complaints: list[str], waived: bool, step: int, write: Callable[[str], None]) -> None:
+    """Raise GateError on the first complaint, or print them all when gates are waived. All ranks pass the same list."""
+    for complaint in complaints:
         if not waived:
             raise GateError(f"gate at step {step}: {complaint}; --waive-gates goes on regardless")
         write(f"WARNING (gates waived), step {step}: {complaint}")

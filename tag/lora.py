@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tag.errors import DataError
+from tag.files import replacing, write_tensors
 
 # Every attention and MLP linear of a Qwen2.5-VL decoder layer (paper C.1).
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -201,11 +201,9 @@ def save_adapter(
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "adapter_model.safetensors.partial", metadata={"format": "pt"})
-    os.replace(folder / "adapter_model.safetensors.partial", folder / "adapter_model.safetensors")
-    partial = folder / "adapter_config.json.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial, folder / "adapter_config.json")
+    write_tensors(folder / "adapter_model.safetensors", state, {"format": "pt"})
+    with replacing(folder / "adapter_config.json") as f:
+        f.write(json.dumps(config, indent=2) + "\n")
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "policy") -> tuple[str, ...]:

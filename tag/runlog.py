@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,11 +19,10 @@ class RunLog:
             return
         self.out = out = Path(out)
         path = out / "metrics.jsonl"
-        for log in (path, out / "rollouts.jsonl"):
-            if log.is_file():  # a resumed run rewrites the steps after its checkpoint
-                kept = _lines_before(log, start)
-                with replacing(log) as f:
-                    f.writelines(kept)
+        if path.is_file():  # a resumed run rewrites the steps after its checkpoint
+            kept = _lines_before(path, start)
+            with replacing(path) as f:
+                f.writelines(kept)
         self.file = open(path, "a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -42,18 +40,12 @@ class RunLog:
         self.bar.set_postfix({k: f"{metrics[k]:.3g}" for k in show if metrics.get(k) is not None}, refresh=False)
         self.bar.update(1)
 
-    def event(self, step: int, metrics: dict, text: str) -> None:
-        """Log something that happens now and then (an evaluation), with a line for the reader."""
-        if not self.is_main:
-            return
-        self._write(step, metrics)
-        self.write(text)
-
-    def rollouts(self, step: int, rows: Iterable[dict]) -> None:
-        """Append rollouts of `step` to rollouts.jsonl: the first thing to read when RL misbehaves."""
+    def event(self, step: int, metrics: dict) -> None:
+        """Log something that happens now and then (an evaluation), with a line above the bar."""
         if self.is_main:
-            with open(self.out / "rollouts.jsonl", "a", encoding="utf-8") as f:
-                f.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
+            self._write(step, metrics)
+            shown = ", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if isinstance(v, float))
+            self.write(f"step {step + 1}: {shown}")
 
     def write(self, text: str) -> None:
         """A line above the progress bar."""

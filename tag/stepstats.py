@@ -15,13 +15,22 @@ class UpdateStats:
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.ratio_min, self.ratio_max = 1.0, 1.0
-        self.ratio: Tensor | None = None  # (N, T), for the gates
-        self.kl: Tensor | None = None  # (N, T)
+        self.tensors: dict[str, Tensor] = {}  # (N, T) each: logprobs, entropy, ratio, and kl if there is one
 
-    def add(self, terms: LossTerms, mask: Tensor, entropy: Tensor) -> None:
-        """Add one micro-batch: its loss terms, its completion mask (N, T), its token entropies (M,)."""
+    @property
+    def ratio(self) -> Tensor:
+        """(N, T), 1 on padding."""
+        return self.tensors["ratio"]
+
+    @property
+    def kl(self) -> Tensor | None:
+        """(N, T), 0 on padding; None without a reference."""
+        return self.tensors.get("kl")
+
+    def add(self, terms: LossTerms, mask: Tensor, logprobs: Tensor, entropy: Tensor) -> None:
+        """Add one micro-batch: its loss terms, its completion mask, log-probs and entropies, all (N, T)."""
         keep = mask.bool()
-        ratio = terms.ratio[keep]  # (M,)
+        ratio = terms.ratio[keep]  # (tokens,)
         values = {
             "loss": float(terms.loss.detach()),
             "policy_loss": float(terms.policy_loss),
@@ -30,7 +39,7 @@ class UpdateStats:
             "ratio": float(ratio.double().sum()),
             "log_ratio": float(ratio.double().log().sum()),
             "clipped": float(terms.clipped.sum()),
-            "entropy": float(entropy.double().sum()),
+            "entropy": float(entropy[keep].double().sum()),
             "kl": 0.0 if terms.kl is None else float(terms.kl[keep].double().sum()),
         }
         for name, value in values.items():
@@ -38,9 +47,12 @@ class UpdateStats:
         if ratio.numel():
             self.ratio_min = min(self.ratio_min, float(ratio.min()))
             self.ratio_max = max(self.ratio_max, float(ratio.max()))
-        self.ratio = terms.ratio.where(keep, torch.ones_like(terms.ratio) if self.ratio is None else self.ratio)
+        found = {"logprobs": logprobs.detach(), "entropy": entropy, "ratio": terms.ratio}
         if terms.kl is not None:
-            self.kl = terms.kl.where(keep, torch.zeros_like(terms.kl) if self.kl is None else self.kl)
+            found["kl"] = terms.kl
+        for name, tensor in found.items():
+            so_far = self.tensors.get(name, torch.full_like(tensor, float(name == "ratio")))
+            self.tensors[name] = torch.where(keep, tensor, so_far)
 
 
 class StepStats:

@@ -203,7 +203,7 @@ def load_vlm(source: str, dtype: str = "bfloat16", device: str | torch.device = 
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise DataError(f"cannot load a Qwen2.5-VL checkpoint from {source!r}: {reason[:200]}") from None
     hf_model.requires_grad_(False)
-    return VLM(hf_model.to(device).eval(), tokenizer, image_processor, source)
+    return VLM(hf_model.to(device), tokenizer, image_processor, source).eval()
 
 
 def mrope_positions(image_mask: Tensor, side: int) -> Tensor:

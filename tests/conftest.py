@@ -7,8 +7,11 @@ import torch
 from helpers import add_random_lora, make_vlm, random_faces
 
 from tag.data.records import write_records
+from tag.lora import save_adapter
 from tag.synth.dataset import write_dataset
-from tag.vlm import VLM, load_vlm
+from tag.tiny.checkpoint import save_checkpoint
+from tag.trainable import train_projector
+from tag.vlm import PROJECTOR, VLM, load_vlm
 
 torch.set_num_threads(1)  # small tensors, and the same summation order on every machine
 
@@ -49,4 +52,26 @@ def synth(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("synth")
     for split, count in (("train", 12), ("val", 8), ("test", 8)):
         write_records(folder / f"{split}.jsonl", write_dataset(folder, split, count, workers=1))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random model of 0.4 M parameters as a checkpoint folder."""
+    folder = tmp_path_factory.mktemp("model") / "small"
+    vlm = make_vlm()
+    save_checkpoint(folder, vlm.hf_model, vlm.tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_adapter(tmp_path_factory: pytest.TempPathFactory, small_folder: Path) -> Path:
+    """A random adapter of `small_folder`, with a projector that differs from the base's."""
+    folder = tmp_path_factory.mktemp("adapter")
+    vlm = add_random_lora(load_vlm(str(small_folder), "float32"))
+    train_projector(vlm)
+    with torch.no_grad():
+        for param in vlm.projector.parameters():
+            param.add_(0.1 * torch.randn_like(param))
+    save_adapter(vlm.hf_model, folder, base_model=str(small_folder), modules_to_save=(PROJECTOR,))
     return folder

@@ -40,7 +40,7 @@ def make_vlm(seed: int = 0) -> VLM:
                 param.add_(0.2 * noise)
         model.model.language_model.embed_tokens.weight.mul_(3.0)
     model.requires_grad_(False)
-    return VLM(model.eval(), tokenizer, build_image_processor(), "a random model")
+    return VLM(model, tokenizer, build_image_processor(), "a random model").eval()
 
 
 def add_random_lora(vlm: VLM, rank: int = 4, name: str = "policy", seed: int = 0, dropout: float = 0.0) -> VLM:

@@ -1,17 +1,17 @@
-"""Qwen2.5-VL's text decoder for sampling: merged weights in buffers of its own, a static KV cache, two entry points.
+"""Qwen2.5-VL's text decoder for sampling: merged weights in buffers of its own, and two entry points.
 
-    prefill   whole prompts, causal attention, gives the KV to start from and the logits of the first token
-    step      one token for each of R rows, attending to what is in the cache
+    prefill   whole prompts, causal attention: gives their KV and the logits of the first token
+    step      one token for each of R rows, attending to what is in the cache (tag/rollout/cache.py)
 
 The weights are copied in place by `load`, so that their addresses never change (CUDA graphs hold on to them) and
 nothing is allocated from one RL step to the next. Linear layers that read the same input are fused into one.
 
-Shapes:  R rows;  S prompts, P prompt length;  L cache length;  N layers;  H hidden;  V vocabulary;  I MLP width;
-         K key/value heads, G query heads for each of them, D head size (K * G * D = H).
+Shapes:  R rows;  S prompts, P prompt length;  N layers;  H hidden;  V vocabulary;  I MLP width;  K key/value heads,
+         G query heads for each of them, D head size (K * G * D = H).
 
 One projection gives queries, keys and values *by key/value head*: (K, G + 2, D) = G query heads, the key, the value.
 So the heads that attend to the same keys lie together, R and K fold into one batch dimension without a copy, and a
-token's key and value are written to the cache (N, R, K, 2, L, D) by one operation.
+token's key and value are written to the cache by one operation.
 """
 
 from collections.abc import Iterable
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tag.rollout.cache import CacheView
 
 
 @dataclass
@@ -121,13 +123,9 @@ class TextDecoder:
         tensors |= {t.data_ptr(): t for t in (self.embed, self.norm, self.head)}
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
-    def kv_bytes(self, rows: int, length: int) -> int:
-        """Bytes of the KV cache of `rows` sequences of `length` tokens."""
-        return self.N * rows * self.K * length * 2 * self.D * self.dtype.itemsize
-
-    def new_cache(self, rows: int, length: int) -> Tensor:
-        """An empty KV cache (N, rows, K, 2, length, D); zeros, because masked-out columns must not be NaN."""
-        return torch.zeros(self.N, rows, self.K, 2, length, self.D, dtype=self.dtype, device=self.device)
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of the keys and values of so many tokens."""
+        return self.N * self.K * 2 * self.D * tokens * self.dtype.itemsize
 
     # ---- forward ----------------------------------------------------------------------------------------------
 
@@ -151,46 +149,35 @@ class TextDecoder:
         S, P, H = embeds.shape
         K, G, D = self.K, self.G, self.D
         cos, sin = (t.view(S, P, 1, 1, D) for t in self.rotary(position_ids))
-        cache = self.new_cache(S, P)
+        kv = torch.empty(self.N, S, K, 2, P, D, dtype=self.dtype, device=self.device)
         x = embeds.reshape(S * P, H)  # (S * P, H), new: the residual stream is updated in place
         for i, layer in enumerate(self.layers):
             qkv = F.linear(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias).view(S, P, K, G + 2, D)
             rotate_(qkv[..., : G + 1, :], cos, sin)
             qkv = qkv.permute(0, 2, 3, 1, 4)  # (S, K, G + 2, P, D)
-            cache[i].copy_(qkv[:, :, G:])
+            kv[i].copy_(qkv[:, :, G:])
             q = qkv[:, :, :G].reshape(S, K * G, P, D)
             k, v = (qkv[:, :, j, None].expand(S, K, G, P, D).reshape(S, K * G, P, D) for j in (G, G + 1))
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (S, K * G, P, D)
-            x = torch.addmm(x, attended.transpose(1, 2).reshape(S * P, H), layer.o.t())
-            x = self._mlp(x, layer)
+            attended = attended.transpose(1, 2).reshape(S * P, H)
+            x = self._mlp(torch.addmm(x, attended, layer.o.t()), layer)
         last = x.view(S, P, H)[torch.arange(S, device=x.device), lengths - 1]  # (S, H)
-        return cache, F.linear(self._norm(last, self.norm), self.head)
+        return kv, F.linear(self._norm(last, self.norm), self.head)
 
-    def step(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: Tensor, logits: Tensor) -> None:
-        """One token for each row: write its KV at column `slots`, leave the logits of the next token in `logits`.
+    def step(self, tokens: Tensor, positions: Tensor, count: Tensor, cache: CacheView, logits: Tensor) -> None:
+        """One token for each row: store its KV, leave the logits of the next token in `logits`.
 
-        tokens, positions (rotary), slots (R,) int64; cache (N, R, K, 2, L, D), columns up to each row's slot are
-        attended to; logits (R, V).
+        tokens, positions (rotary), count (how many tokens each row has had before) (R,) int64; logits (R, V).
         """
         R, K, G, D = len(tokens), self.K, self.G, self.D
-        L = cache.shape[4]
         cos, sin = (t.view(R, 1, 1, D) for t in self.rotary(positions))
-        columns = torch.arange(L, device=tokens.device)
-        mask = torch.zeros(R, L, dtype=self.dtype, device=tokens.device)
-        mask.masked_fill_(columns > slots[:, None], float("-inf"))
-        mask = mask[:, None].expand(R, K, L).reshape(R * K, 1, L)
-        pairs = torch.arange(R * K, device=tokens.device)  # one for each row and key/value head
-        slots = slots[:, None].expand(R, K).reshape(R * K)
+        cache.see(count)
         x = F.embedding(tokens, self.embed)  # (R, H)
         for i, layer in enumerate(self.layers):
             qkv = F.linear(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias).view(R, K, G + 2, D)
             rotate_(qkv[:, :, : G + 1], cos, sin)
-            qkv = qkv.view(R * K, G + 2, D)
-            kv = cache[i].view(R * K, 2, L, D)
-            kv[pairs, :, slots] = qkv[:, G:]
-            attended = _attend(qkv[:, :G], kv[:, 0], kv[:, 1], mask)  # (R * K, G, D)
-            x = torch.addmm(x, attended.view(R, self.H), layer.o.t())
-            x = self._mlp(x, layer)
+            attended = cache.attend(i, qkv.view(R * K, G + 2, D)).view(R, self.H)
+            x = self._mlp(torch.addmm(x, attended, layer.o.t()), layer)
         torch.mm(self._norm(x, self.norm), self.head.t(), out=logits)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -210,18 +197,6 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """
     swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (b, a)
     x.mul_(cos).addcmul_(swapped, sin)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of G queries to L keys for each of R * K pairs; q (R * K, G, D), k and v (R * K, L, D), mask additive.
-
-    In fp32 on a CPU three plain operations are two to three times faster than PyTorch's fused kernel, which is made
-    for many queries; in lower precision the fused kernel is the one that keeps the scores in fp32.
-    """
-    if q.dtype == torch.float32 and not q.is_cuda:
-        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)  # (R * K, G, L)
-        return torch.bmm(scores.softmax(-1), v)
-    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=mask[:, None])[:, 0]
 
 
 def _check_supported(config) -> None:

@@ -3,34 +3,31 @@
     waiting completions -> [ row | row | row | ... ] -> rollouts
                              one token each, per step
 
-A prompt is run once for its whole group; every row that continues it starts from a copy of its KV. A fixed number of
-rows decodes together, and a row that has finished is given to the next waiting completion, so long and short ones do
-not wait for each other. Nothing in a step depends on the host: what has finished is looked up every few steps, and
-until then a finished row marks time without effect. Random numbers belong to (seed, token index), never to the batch.
+A prompt is run once for its whole group, and its KV is kept once. A fixed number of rows decodes together, and a row
+that has finished is given to the next waiting completion, so long and short ones do not wait for each other. Nothing
+in a step depends on the host: what has finished is looked up every few steps, and until then a finished row marks time
+without effect. Random numbers belong to (seed, token index), never to the batch.
 
-Why rows hold copies of the prompt's KV and do not share it: sharing pays when attention to the prompt dominates. Here
-prompts are about as long as completions, and refilling mixes prompts among the rows, so that sharing needs a gather
-before and a scatter after attention in every layer; on a CPU that was slower by a factor of two (docs/benchmarks.md),
-and on a GPU a 7B model reads 15 GB of weights a step against 0.5 GB of prompt KV for 64 rows.
-
-Shapes:  R rows, `width` of them decoding;  L cache length;  T longest completion;  S prompts prefilled together.
+Shapes:  R rows;  S prompt slots;  P prompt length;  V vocabulary.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
 
 from tag.data.batching import Prompt
 from tag.rollout.box_limit import BoxLimit
+from tag.rollout.cache import CacheView, GroupCache
 from tag.rollout.decoder import TextDecoder
 from tag.rollout.records import Rollout, RolloutStats, Sampling, check_request
 from tag.rollout.rows import Rows
 from tag.rollout.sampling import sample
+from tag.rollout.schedule import Schedule, slots_needed
 
 CHECK_EVERY = 4  # steps between looks at what has finished
 PREFILL_TOKENS = 8192  # prompt tokens computed together, at most
+MIN_WIDTH = 8  # decoding fewer rows than this is hardly faster
 BACKENDS = ("engine", "hf")
 
 
@@ -60,6 +57,7 @@ class RolloutEngine:
         self.cuda_graphs = cuda_graphs and self.static
         self.decoder: TextDecoder | None = None
         self.rows: Rows | None = None
+        self.cache: GroupCache | None = None
         self.adapter: str | None = None
         self.refreshed = False
         self.stats: RolloutStats | None = None
@@ -83,7 +81,7 @@ class RolloutEngine:
     @property
     def kv_bytes(self) -> int:
         """Bytes of KV cache held now."""
-        return self.rows.cache.nbytes if self.rows is not None else 0
+        return self.cache.nbytes if self.cache is not None else 0
 
     # ---- sampling ---------------------------------------------------------------------------------------------
 
@@ -132,164 +130,180 @@ class RolloutEngine:
     @torch.inference_mode()
     def _run(self, prompts, group_size, seeds, sampling, limit, progress) -> list[Rollout]:
         started = time.perf_counter()
-        total = len(seeds)
-        self._prepare(max(len(p.input_ids) for p in prompts), total, limit)
-        rows = self.rows
-        width = self.max_rows if self.static else min(self.max_rows, total)  # rows that decode
-        waiting = deque(range(total))  # completion n continues prompt n // group_size
-        owner: list[int | None] = [None] * width  # completion in each row
-        reach = [0] * width  # cache columns that each row may have filled
-        done: list[Rollout | None] = [None] * total
-        self._prefilled = range(0)  # prompts whose KV is in self._prefix
-        steps = row_steps = self._prefill_tokens = 0
-        while True:
-            free = [r for r in range(width) if owner[r] is None]
-            if free and waiting:
-                self._admit(free, owner, reach, waiting, prompts, group_size, seeds)
-            elif free and not self.static:
-                width = rows.compact(owner, reach)
-            if width == 0 or all(n is None for n in owner[:width]):
-                break
+        schedule = self._prepare(prompts, group_size, limit)
+        done: list[Rollout | None] = [None] * schedule.total
+        prefill_tokens = steps = row_steps = 0
+        while schedule.num_finished < schedule.total:
+            # 1. Free rows go to what is waiting; when nothing is, they are dropped.
+            prefill_tokens += self._prefill(schedule.new_prompts(), prompts)
+            self._admit(schedule, prompts, seeds)
 
-            length = min(_round_up(max(reach[:width]) + CHECK_EVERY, 128 if self.static else 16), rows.length)
+            # 2. Some steps for all rows.
+            rows, cache = self._views(schedule, limit)
             for _ in range(CHECK_EVERY):
-                self._step(width, length, sampling, limit)
+                self._step(rows, cache, sampling, limit)
+            schedule.reach = [n + CHECK_EVERY for n in schedule.reach]
             steps += CHECK_EVERY
-            row_steps += CHECK_EVERY * width
-            reach = [n + CHECK_EVERY for n in reach]
+            row_steps += CHECK_EVERY * schedule.width
 
-            active = rows.active[:width].tolist()
-            finished = [r for r in range(width) if owner[r] is not None and not active[r]]
-            for r, (token_ids, logprobs) in zip(finished, rows.take(finished)):
-                n = owner[r]
+            # 3. What has finished is taken out.
+            active = rows.active.tolist()
+            finished = [r for r, n in enumerate(schedule.owner) if n is not None and not active[r]]
+            for row, (token_ids, logprobs) in zip(finished, self.rows.take(finished)):
+                n = schedule.finish(row)
                 reason = "stop" if token_ids[-1] == self.vlm.eos_id else "length"
                 text = self.vlm.tokenizer.decode(token_ids, skip_special_tokens=True)
                 done[n] = Rollout(token_ids, text, logprobs, seeds[n], reason, n // group_size, n % group_size)
-                owner[r], reach[r] = None, 0
             if finished:
-                progress(sum(r is not None for r in done), total)
+                progress(schedule.num_finished, schedule.total)
 
-        self._prefix = self._prefix_logits = None
-        tokens = sum(len(r.token_ids) for r in done)
-        seconds = time.perf_counter() - started
+        tokens, seconds = sum(len(r.token_ids) for r in done), time.perf_counter() - started
         self.stats = RolloutStats(
-            len(prompts), total, tokens, self._prefill_tokens, steps, row_steps, self.kv_bytes, seconds
+            len(prompts), len(done), tokens, prefill_tokens, steps, row_steps, self.kv_bytes, seconds
         )
         return done
 
-    def _prepare(self, prompt_length: int, completions: int, limit: int) -> None:
-        """Rows and KV cache for prompts of at most `prompt_length`; kept from call to call, replaced when too small."""
-        # One column more than tokens: a row that has reached its limit marks time there.
-        length = _round_up(prompt_length + limit + 1, 64)
-        count = self.max_rows if self.static else min(self.max_rows, completions)
-        if self.rows is not None and self.rows.fits(count, length, limit):
+    def _prepare(self, prompts: Sequence[Prompt], group_size: int, limit: int) -> Schedule:
+        """An empty schedule, and rows and cache for it; these are kept from call to call, replaced when too small."""
+        decoder = self.decoder
+        R = self.max_rows if self.static else min(self.max_rows, len(prompts) * group_size)
+        S = slots_needed(group_size, R)
+        P = max(len(p.input_ids) for p in prompts)
+        if self.static:
+            P = _round_up(P, 32)
+        else:
+            S = min(S, len(prompts))
+        T = limit + 1  # a row that has reached its limit marks time in the last column
+        schedule = Schedule(len(prompts), group_size, R, S)
+        self._prompt_length = P
+        if self.cache is not None and self.cache.fits(S, P, R, T) and self.rows.fits(R, limit):
             self.rows.clear()
-            return
-        per_row = self.decoder.kv_bytes(1, length)
-        if self.max_kv_bytes is not None and count * per_row > self.max_kv_bytes:
+            return schedule
+
+        self._check_kv_budget(group_size, P, R, T)
+        self._graphs.clear()  # they point into the old buffers
+        self.rows = self.cache = None  # free before allocating
+        where = {"dtype": decoder.dtype, "device": decoder.device}
+        self.rows = Rows(R, limit, decoder.V, **where)
+        self.cache = GroupCache(decoder.N, decoder.K, decoder.D, S, P, R, T, **where)
+        self._prompt_logits = torch.zeros(S, decoder.V, **where)  # of the first token of each slot's completions
+        return schedule
+
+    def _check_kv_budget(self, group_size: int, P: int, R: int, T: int) -> None:
+        def needed(rows: int) -> int:
+            return self.decoder.kv_bytes(slots_needed(group_size, rows) * P + rows * (1 + T))
+
+        if self.max_kv_bytes is not None and needed(R) > self.max_kv_bytes:
+            enough = next((r for r in range(R, 0, -1) if needed(r) <= self.max_kv_bytes), 0)
             raise ValueError(
-                f"{count} rows of {length} tokens need {count * per_row / 2**20:.0f} MiB of KV cache, allowed are "
-                f"{self.max_kv_bytes / 2**20:.0f} MiB: enough for {self.max_kv_bytes // per_row} rows (max_rows)"
+                f"{R} rows of {T - 1} new tokens behind prompts of {P} need {needed(R) / 2**20:.1f} MiB of KV cache, "
+                f"max_kv_bytes allows {self.max_kv_bytes / 2**20:.1f} MiB: enough for {enough} rows (max_rows)"
             )
-        self._graphs.clear()  # they point into the old rows
-        self.rows = None  # free before allocating
-        self.rows = Rows(self.decoder, count, length, limit)
 
-    def _admit(self, free, owner, reach, waiting, prompts, group_size, seeds) -> None:
-        """Give free rows to waiting completions, prefilling their prompts on the way."""
-        rows, taken = self.rows, []
-        for r in free[: len(waiting)]:
-            n = waiting.popleft()
-            i = n // group_size
-            if i not in self._prefilled:
-                self._prefill(i, prompts, wanted=1 + (len(free) - len(taken) - 1) // group_size)
-            P = len(prompts[i].input_ids)
-            rows.cache[:, r, :, :, :P].copy_(self._prefix[:, i - self._prefilled.start, :, :, :P])
-            rows.logits[r].copy_(self._prefix_logits[i - self._prefilled.start])
-            owner[r], reach[r] = n, P
-            taken.append(r)
-        admitted = [prompts[owner[r] // group_size] for r in taken]
-        rows.start(
-            taken,
-            slots=[len(p.input_ids) for p in admitted],
-            positions=[p.next_position for p in admitted],
-            seeds=[seeds[owner[r]] for r in taken],
-        )
+    def _prefill(self, slot_of: dict[int, int], prompts: Sequence[Prompt]) -> int:
+        """Run prompts and store their KV and logits in their slots. Returns the tokens computed."""
+        decoder, device, computed = self.decoder, self.decoder.device, 0
+        at_once = max(1, PREFILL_TOKENS // self._prompt_length)
+        items = list(slot_of.items())
+        for part in (items[i : i + at_once] for i in range(0, len(items), at_once)):
+            chosen, slots = [prompts[n] for n, _ in part], [slot for _, slot in part]
+            lengths = [len(p.input_ids) for p in chosen]
+            S, P = len(chosen), max(lengths)
+            input_ids = torch.zeros(S, P, dtype=torch.long, device=device)
+            position_ids = torch.zeros(3, S, P, dtype=torch.long, device=device)
+            for s, prompt in enumerate(chosen):
+                input_ids[s, : lengths[s]] = prompt.input_ids
+                position_ids[:, s, : lengths[s]] = prompt.position_ids
+            embeds = decoder.embed[input_ids]  # (S, P, H)
+            for s, prompt in enumerate(chosen):
+                if prompt.image_features is not None:
+                    where = prompt.image_mask.nonzero().squeeze(1).to(device)
+                    embeds[s, where] = prompt.image_features.to(device, decoder.dtype)
+            kv, logits = decoder.prefill(embeds, position_ids, torch.tensor(lengths, device=device))
+            self.cache.put_prompts(slots, kv, lengths)
+            self._prompt_logits[slots] = logits
+            computed += S * P
+        return computed
 
-    def _prefill(self, first: int, prompts: Sequence[Prompt], wanted: int) -> None:
-        """Run prompts first, first + 1, ..., as many as `wanted` and PREFILL_TOKENS allow, padded to the longest."""
-        decoder, device = self.decoder, self.decoder.device
-        P = max(len(p.input_ids) for p in prompts[first : first + wanted])
-        S = min(wanted, max(1, PREFILL_TOKENS // P), len(prompts) - first)
-        chosen = prompts[first : first + S]
-        input_ids = torch.zeros(S, P, dtype=torch.long, device=device)
-        position_ids = torch.zeros(3, S, P, dtype=torch.long, device=device)
-        for s, prompt in enumerate(chosen):
-            input_ids[s, : len(prompt.input_ids)] = prompt.input_ids
-            position_ids[:, s, : len(prompt.input_ids)] = prompt.position_ids
-        embeds = decoder.embed[input_ids]  # (S, P, H)
-        for s, prompt in enumerate(chosen):
-            if prompt.image_features is not None:
-                where = prompt.image_mask.nonzero().squeeze(1).to(device)
-                embeds[s, where] = prompt.image_features.to(device, decoder.dtype)
-        lengths = torch.tensor([len(p.input_ids) for p in chosen], device=device)  # (S,)
-        self._prefix, self._prefix_logits = decoder.prefill(embeds, position_ids, lengths)
-        self._prefilled = range(first, first + S)
-        self._prefill_tokens += S * P
+    def _admit(self, schedule: Schedule, prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
+        """Start completions in free rows; with none left to start, close the gaps."""
+        admitted = schedule.admit()
+        if admitted:
+            numbers = [schedule.owner[row] for row in admitted]
+            self.rows.start(
+                admitted,
+                logits=self._prompt_logits[[schedule.cell[row][0] for row in admitted]],
+                positions=[prompts[n // schedule.group_size].next_position for n in numbers],
+                seeds=[seeds[n] for n in numbers],
+            )
+        moves = [] if self.static else schedule.compact(MIN_WIDTH)
+        for source, target in moves:
+            self.rows.move(source, target)
+            self.cache.move_row(source, target, schedule.reach[target])
+        self.cache.seat(schedule.cell, self._slots_in_use(schedule), schedule.per_slot)
+
+    def _slots_in_use(self, schedule: Schedule) -> int:
+        return schedule.num_slots if self.static else schedule.live_slots
+
+    def _views(self, schedule: Schedule, limit: int) -> tuple[Rows, CacheView]:
+        """The rows and the part of the cache that the next steps work on. On a GPU few different shapes, for graphs."""
+        columns = _round_up(max(schedule.reach) + CHECK_EVERY, 128 if self.static else 16)
+        slots = self._slots_in_use(schedule)
+        cache = self.cache.view(slots, schedule.per_slot, self._prompt_length, schedule.width, min(columns, limit + 1))
+        return self.rows.first(schedule.width), cache
 
     # ---- one decoding step ------------------------------------------------------------------------------------
 
-    def _step(self, width: int, length: int, sampling: Sampling, limit: int) -> None:
+    def _step(self, rows: Rows, cache: CacheView, sampling: Sampling, limit: int) -> None:
         """Sample a token in every row from its logits, then compute the logits of the next."""
         if not self.cuda_graphs:
-            return self._compute_step(width, length, sampling, limit)
-        key = (width, length, sampling, limit)
+            return self._compute_step(rows, cache, sampling, limit)
+        key = (tuple(t.shape for t in (rows.logits, cache.prompt, cache.own, cache.to_cells)), sampling, limit)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(*key)
+            self._graphs[key] = self._capture(rows, cache, sampling, limit)
         self._graphs[key].replay()
 
-    def _compute_step(self, width: int, length: int, sampling: Sampling, limit: int) -> None:
+    def _compute_step(self, rows: Rows, cache: CacheView, sampling: Sampling, limit: int) -> None:
         # No host synchronisation and no new addresses for what lives on: this is what a CUDA graph records.
-        rows = self.rows.first(width)
         forbidden = None
         if sampling.max_boxes is not None:
             boxes = self._box_limit(sampling.max_boxes)
-            forbidden = boxes.forbidden(rows.box_state, rows.box_count)  # (width, V)
-        here = rows.count[:, None]  # (width, 1) index of the token to be sampled
-        u = rows.uniforms.gather(1, here).squeeze(1)  # (width,)
+            forbidden = boxes.forbidden(rows.box_state, rows.box_count)  # (R, V)
+        here = rows.count[:, None]  # (R, 1) index of the token to be sampled
+        u = rows.uniforms.gather(1, here).squeeze(1)  # (R,)
         token, logprob = sample(rows.logits, u, sampling.temperature, sampling.top_p, forbidden)
         rows.token_ids.scatter_(1, here, token[:, None])
         rows.logprobs.scatter_(1, here, logprob[:, None])
         if sampling.max_boxes is not None:
             state, count = boxes.advance(rows.box_state, rows.box_count, token)
-            rows.box_state.copy_(state), rows.box_count.copy_(count)
-        self.decoder.step(token, rows.position, rows.slot, rows.cache[..., :length, :], rows.logits)
+            rows.box_state.copy_(state)
+            rows.box_count.copy_(count)
+        self.decoder.step(token, rows.position, rows.count, cache, rows.logits)
         # A finished row stays where it is, and overwrites the same column until it is taken out.
-        rows.counters.add_(rows.active)  # count, slot, position
+        rows.counters.add_(rows.active)
         rows.active.mul_((token != self.vlm.eos_id) & (rows.count < limit))
 
     def _box_limit(self, max_boxes: int) -> BoxLimit:
         if max_boxes not in self._box_limits:
-            self._box_limits[max_boxes] = BoxLimit(
-                self.vlm.tokenizer, self.decoder.V, max_boxes, device=self.decoder.device
-            )
+            boxes = BoxLimit(self.vlm.tokenizer, self.decoder.V, max_boxes, device=self.decoder.device)
+            self._box_limits[max_boxes] = boxes
         return self._box_limits[max_boxes]
 
-    def _capture(self, width: int, length: int, sampling: Sampling, limit: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, rows: Rows, cache: CacheView, sampling: Sampling, limit: int) -> torch.cuda.CUDAGraph:
         """Record one step. Warm-up runs are real steps, so the rows are put back as they were afterwards."""
-        saved = [t.clone() for t in self.rows.per_row()]
+        saved = [t.clone() for t in rows.tensors()]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # warm-up on a side stream, as CUDA graphs require
             for _ in range(2):
-                self._compute_step(width, length, sampling, limit)
+                self._compute_step(rows, cache, sampling, limit)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # never replayed at the same time
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # no two replay at the same time
         with torch.cuda.graph(graph, pool=pool):
-            self._compute_step(width, length, sampling, limit)
-        # The KV that warm-up wrote lies at and behind each row's slot: the row writes it again before it reads it.
-        for tensor, value in zip(self.rows.per_row(), saved):
+            self._compute_step(rows, cache, sampling, limit)
+        # KV that warm-up wrote lies at and behind each row's next column: written again before it is read.
+        for tensor, value in zip(rows.tensors(), saved):
             tensor.copy_(value)
         return graph
 
