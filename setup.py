@@ -22,6 +22,7 @@ setup(
         "data": ["mediapipe>=0.10.30"],  # face landmarks and blendshapes; older ones drag in JAX and numpy < 2
         "flash": ["flash-attn>=2.7"],  # a source build; used when importable, never required
         "track": ["tensorboard>=2.17"],  # metrics.jsonl is written in any case
-        "dev": ["pytest>=8", "pytest-timeout", "ruff==0.17.6", "peft>=0.18", "mediapipe>=0.10.30", "tensorboard>=2.17"],
+        "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff==0.17.6"]
+        + ["peft>=0.18", "accelerate", "mediapipe>=0.10.30", "tensorboard>=2.17"],  # accelerate: peft imports it
     },
 )

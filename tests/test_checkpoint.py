@@ -25,6 +25,7 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tag import dist
 from tag.args import Parser, claim_run_folder
@@ -432,6 +433,12 @@ def full_state(params, optimizer) -> dict[str, Tensor]:
     return {name: full_tensor(tensor).clone() for name, tensor in trained_state(params, optimizer).items()}
 
 
+def own_state(params, optimizer) -> dict[str, Tensor]:
+    """This process's share of `trained_state`, copied."""
+    state = trained_state(params, optimizer)
+    return {name: (t.to_local() if isinstance(t, DTensor) else t).clone() for name, t in state.items()}
+
+
 def both_steps(here: Dist, mode: str, folder: Path) -> None:
     """One SFT-like and one GRPO-like step; an update; a checkpoint; one more step; the same after resuming.
 
@@ -453,22 +460,22 @@ def both_steps(here: Dist, mode: str, folder: Path) -> None:
     optimizer.zero_grad(set_to_none=True)
 
     save_checkpoint(folder, 1, params, optimizer, {"world": here.world}, here)
-    state = full_state(params, optimizer)
+    saved, state = own_state(params, optimizer), full_state(params, optimizer)
     merged = dict(vlm.merged_text_weights("policy"))
     found["merged"] = merged["layers.1.mlp.down_proj.weight"]
 
     # One more step, and the same one after resuming: the same bits.
     grpo_step(vlm, tower, here, seed=3)
     optimizer.step()
-    expected = full_state(params, optimizer)
+    expected = own_state(params, optimizer)
     again = trained_vlm(here, mode)
     its_params = trained_parameters(again)
     its_optimizer = adamw(its_params, lr=1e-2, weight_decay=0.1)
     load_checkpoint(folder, its_params, its_optimizer, here)
-    assert_equal(full_state(its_params, its_optimizer), state)
+    assert_equal(own_state(its_params, its_optimizer), saved)
     grpo_step(again, tower, here, seed=3)
     its_optimizer.step()
-    assert_equal(full_state(its_params, its_optimizer), expected)
+    assert_equal(own_state(its_params, its_optimizer), expected)
     if here.is_main:
         save_file({name: tensor.detach().contiguous() for name, tensor in found.items()}, folder / "found.safetensors")
         save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, folder / "state.safetensors")
@@ -566,21 +573,6 @@ def test_one_process_loads_what_several_saved(request, world, mode):
     load_elsewhere(ALONE, "none", folder)
     files = [f.name for f in (folder / "checkpoints" / "step-000001").glob("rank-*")]
     assert len(files) == world
-
-
-@pytest.mark.slow
-def test_a_rank_that_dies_takes_the_others_along(tmp_path):
-    """The helper of these tests, and what a user sees: no hang, a non-zero exit code."""
-    with pytest.raises(AssertionError, match="exit code 1"):
-        run_processes(2, "test_checkpoint:die_on_rank_1", tmp_path, timeout=60)
-
-
-def die_on_rank_1(out: str) -> None:
-    """Rank 0 waits for a rank that has raised."""
-    here = dist.setup("cpu", threads=1)
-    if here.rank == 1:
-        raise DataError("something is wrong with my part of the data")
-    here.barrier()
 
 
 def test_gradient_clipping():

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole story on a laptop without a GPU: draw faces, fine-tune the tiny model that ships with the package (SFT), train
-# it with GRPO without and with the AU reward, evaluate all of them. Needs Python >= 3.11 and bash, nothing else.
+# The whole story on a laptop without a GPU: draw faces, fine-tune the tiny model that ships with the package (SFT),
+# train it with GRPO without and with the AU reward, evaluate all of them. Needs Python >= 3.11 and bash, nothing else.
 #
 #     bash tools/quickstart.sh           # one seed; minutes on two cores
 #     bash tools/quickstart.sh --fast    # the same stages, much shortened: does everything run here? a minute or two

@@ -16,7 +16,7 @@ find_python() {
     for name in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
         command -v "$name" >/dev/null 2>&1 || continue
         "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$name" && return
-        found="$found$("$name" -c 'import sys; print(f", {sys.executable} is Python {sys.version.split()[0]}")' 2>/dev/null)"
+        found="$found$("$name" -c 'import sys; print(", %s is Python %s" % (sys.executable, sys.version.split()[0]))')"
     done
     fail "Python 3.11 or newer is needed${found:-, and none was found}; install one, or name it: PYTHON=/path/to/python"
 }

@@ -247,7 +247,7 @@ class RolloutEngine:
 
     def _views(self, schedule: Schedule, limit: int) -> tuple[Rows, CacheView]:
         """The rows and the part of the cache that the next steps work on. On a GPU few different shapes, for graphs."""
-        columns = _round_up(max(schedule.reach) + CHECK_EVERY, 128 if self.static else 16)
+        columns = _round_up(max(schedule.reach) + CHECK_EVERY, 128 if self.static else 1)
         slots = self._slots_in_use(schedule)
         cache = self.cache.view(slots, schedule.per_slot, self._prompt_length, schedule.width, min(columns, limit + 1))
         return self.rows.first(schedule.width), cache

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Stage 2 with the paper's settings: TAG, that is GRPO with the AU reward (R = R_AU + R_ans + R_fmt), 4 x H200.
 #
-#     DATA=tag310k/raf-db IMAGE_ROOT=faces ADAPTER=runs/sft-7b/best OUT=runs/tag-7b bash tools/recipes/grpo_7b_4xh200.sh
+#     DATA=tag310k/raf-db IMAGE_ROOT=faces ADAPTER=runs/sft-7b/best OUT=runs/tag-7b \
+#         bash tools/recipes/grpo_7b_4xh200.sh
 #
 # DATA        folder with train.jsonl and val.jsonl of ONE data set (the paper trains on each apart)
 # IMAGE_ROOT  folder that the records' image paths start from
@@ -13,9 +14,9 @@
 # 512 completions a step (64 faces x 8) are our choice; the paper does not say. If memory is short: --micro-tokens down,
 # --activation-checkpointing, --rollout-rows down; none of them changes the gradient. Further flags may follow and win.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 
-torchrun --standalone --nproc-per-node "${GPUS:-4}" train_grpo.py \
+torchrun --standalone --nproc-per-node "${GPUS:-4}" "$root/train_grpo.py" \
     --model "${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}" \
     --data "${DATA:?is not set: the folder with train.jsonl and val.jsonl (see the head of this script)}" \
     --image-root "${IMAGE_ROOT:?is not set: the folder that the image paths of the records start from}" \

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The baseline of stage 2: RLVR, the same GRPO run without the AU reward (R = R_ans + R_fmt), 4 x H200.
 #
-#     DATA=tag310k/raf-db IMAGE_ROOT=faces ADAPTER=runs/sft-7b/best OUT=runs/rlvr-7b bash tools/recipes/rlvr_7b_4xh200.sh
+#     DATA=tag310k/raf-db IMAGE_ROOT=faces ADAPTER=runs/sft-7b/best OUT=runs/rlvr-7b \
+#         bash tools/recipes/rlvr_7b_4xh200.sh
 #
 # DATA        folder with train.jsonl and val.jsonl of ONE data set (the paper trains on each apart)
 # IMAGE_ROOT  folder that the records' image paths start from
@@ -10,11 +11,11 @@
 # MODEL       base model, the one of stage 1 (default: Qwen/Qwen2.5-VL-7B-Instruct)
 # GPUS        default 4. Another number changes speed only
 #
-# Everything but --au-reward is as in grpo_7b_4xh200.sh, seeds included, so that the two runs differ in nothing else.
+# Everything but --au-reward is as in grpo_7b_4xh200.sh, seeds included: the two runs differ in nothing else.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 
-torchrun --standalone --nproc-per-node "${GPUS:-4}" train_grpo.py \
+torchrun --standalone --nproc-per-node "${GPUS:-4}" "$root/train_grpo.py" \
     --model "${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}" \
     --data "${DATA:?is not set: the folder with train.jsonl and val.jsonl (see the head of this script)}" \
     --image-root "${IMAGE_ROOT:?is not set: the folder that the image paths of the records start from}" \

@@ -9,13 +9,13 @@
 # MODEL       base model, a folder or a hub name (default: Qwen/Qwen2.5-VL-7B-Instruct)
 # GPUS        default 4. Another number changes speed only: --batch-size counts sequences over all of them
 #
-# The paper's batch is 8 a GPU x 8 accumulation steps x 4 GPUs = 256 sequences a step. Ours are packed, so what fits into
-# memory is said in tokens: lower --micro-tokens, or add --activation-checkpointing, on GPUs of 80 GB. Neither changes
-# the gradient. Further flags may follow the command and win, e.g. --strip-bbox for the Table 3 ablation.
+# The paper's batch is 8 a GPU x 8 accumulation steps x 4 GPUs = 256 sequences a step. Ours are packed, so what fits
+# into memory is said in tokens: lower --micro-tokens, or add --activation-checkpointing, on GPUs of 80 GB. Neither
+# changes the gradient. Further flags may follow the command and win, e.g. --strip-bbox for the Table 3 ablation.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 
-torchrun --standalone --nproc-per-node "${GPUS:-4}" train_sft.py \
+torchrun --standalone --nproc-per-node "${GPUS:-4}" "$root/train_sft.py" \
     --model "${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}" \
     --data "${DATA:?is not set: the folder with train.jsonl and val.jsonl (see the head of this script)}" \
     --image-root "${IMAGE_ROOT:?is not set: the folder that the image paths of the records start from}" \

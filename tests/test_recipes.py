@@ -1,0 +1,184 @@
+"""The recipes, the quick start and the pins say what they mean: run with stand-ins for torchrun and python, in seconds.
+
+pytest tests/test_recipes.py
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval as eval_script
+import train_grpo
+import train_sft
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "tools" / "recipes"
+SCRIPTS = {"train_sft.py": train_sft, "train_grpo.py": train_grpo, "eval.py": eval_script}
+GIVEN = {"DATA": "some data", "IMAGE_ROOT": "faces", "ADAPTER": "runs/sft/best", "OUT": "runs/x"}
+
+
+def shell(script: Path, *args: str, path: Path | None = None, cwd: Path = ROOT, **env: str):
+    """Run a script with bash and only these variables; `path` goes before the usual programs."""
+    env["PATH"] = os.pathsep.join(filter(None, [str(path or ""), os.environ["PATH"]]))
+    return subprocess.run(["bash", str(script), *args], env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    """An executable shell script."""
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """A folder with a torchrun that prints its arguments, one a line."""
+    program(tmp_path, "torchrun", 'printf "%s\\n" "$@"')
+    return tmp_path
+
+
+def command(torchrun: Path, name: str, *args: str, **env: str):
+    """(torchrun's own arguments, the script's path, its parsed arguments) of a recipe."""
+    done = shell(RECIPES / name, *args, path=torchrun, cwd=torchrun, **(GIVEN | env))
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script = Path(words[at])
+    assert script.is_file() and script.parent == ROOT
+    return words[:at], script.name, vars(SCRIPTS[script.name].parse_args(words[at + 1 :]))
+
+
+NAMES = {
+    "sft_7b_4xh200.sh": "train_sft.py",
+    "grpo_7b_4xh200.sh": "train_grpo.py",
+    "rlvr_7b_4xh200.sh": "train_grpo.py",
+    "eval_7b.sh": "eval.py",
+}
+
+
+def test_all_recipes_are_tested():
+    assert {p.name for p in RECIPES.iterdir()} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_flag_is_the_scripts(torchrun, name):
+    launcher, script, args = command(torchrun, name)
+    assert script == NAMES[name] and launcher == ["--standalone", "--nproc-per-node", "4"]
+    assert (args["data"], args["image_root"], args["out"]) == ("some data", "faces", "runs/x")
+    assert args["model"] == "Qwen/Qwen2.5-VL-7B-Instruct" and args["dtype"] == "bfloat16"
+    launcher, _, args = command(torchrun, name, "--threads", "3", GPUS="2", MODEL="my model")
+    assert launcher[-1] == "2" and (args["model"], args["threads"]) == ("my model", 3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_variable_that_is_not_set_is_named(torchrun, name):
+    needed = set(GIVEN) - ({"ADAPTER"} if name.startswith("sft") else set())
+    for variable in needed:
+        done = shell(RECIPES / name, path=torchrun, **{k: v for k, v in GIVEN.items() if k != variable})
+        assert done.returncode != 0 and not done.stdout
+        assert len(done.stderr.splitlines()) == 1 and f"{variable}: is not set" in done.stderr
+        assert re.search(rf"^# {variable} ", (RECIPES / name).read_text(), re.M)  # and explained in the head
+
+
+def test_settings_are_the_papers(torchrun):
+    sft = command(torchrun, "sft_7b_4xh200.sh")[2]
+    expected = dict(lora_rank=128, lora_alpha=256, lora_dropout=0.05, lr=2e-5, warmup=0.03, weight_decay=0.01)
+    expected |= dict(clip_norm=1.0, epochs=3, context=2048, batch_size=8 * 8 * 4, freeze_projector=False)
+    assert {k: sft[k] for k in expected} == expected
+    grpo = command(torchrun, "grpo_7b_4xh200.sh")[2]
+    expected = dict(group_size=8, temperature=1.0, max_new_tokens=512, clip_eps=0.2, beta=0.04, lr=1e-6, epochs=2)
+    expected |= dict(weight_decay=0.01, clip_norm=1.0, au_reward="iou", kl_reference="sft", train_projector=False)
+    expected |= dict(clip_eps_high=None, max_steps=0, adapter="runs/sft/best", loss_average="sequence")
+    assert {k: grpo[k] for k in expected} == expected
+    rlvr = command(torchrun, "rlvr_7b_4xh200.sh")[2]
+    assert rlvr == grpo | {"au_reward": "none"}
+    answers = command(torchrun, "eval_7b.sh")[2]
+    assert answers["max_new_tokens"] == 512 and not answers["no_box_limit"] and answers["adapter"] == "runs/sft/best"
+    assert command(torchrun, "eval_7b.sh", ADAPTER="none")[2]["adapter"] is None
+
+
+def required(text: str) -> set[str]:
+    """Names in a list of quoted requirements."""
+    return {re.match(r"[\w-]+", requirement)[0] for requirement in re.findall(r'"(.*?)"', text)}
+
+
+def pinned(text: str) -> set[str]:
+    """Names with an exact version."""
+    return set(re.findall(r"^([\w-]+)==[\w.]+$", text, re.M))
+
+
+def test_the_pins_cover_what_setup_asks_for():
+    setup = (ROOT / "setup.py").read_text()
+    install = setup.split("install_requires=[")[1].split("]")[0]
+    extras = setup.split("extras_require={")[1].split("\n    }")[0]
+    dev = extras.split('"dev": ')[1]
+    core, rest = (ROOT / "constraints.txt").read_text().split("# Extras")
+    assert required(install) <= pinned(core)
+    assert required(dev) <= pinned(rest.split("# What those need")[0])
+    assert "torch==2.13.0" in core.splitlines()  # no local part: no index is forced on anyone
+    lines = [line for line in (core + rest).splitlines()[2:] if line and not line.startswith("#")]
+    assert not [line for line in lines if re.match(r"nvidia|triton|cuda|jax", line, re.I)]
+
+
+# ---------------------------------------------------------------- quickstart.sh and test.sh
+
+
+@pytest.fixture
+def project(tmp_path):
+    """The shell scripts in an otherwise empty project whose .venv holds a python that prints its arguments."""
+    (tmp_path / "tools").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("quickstart.sh", "test.sh", "venv.sh"):
+        (tmp_path / "tools" / name).write_bytes((ROOT / "tools" / name).read_bytes())
+    for name in ("constraints.txt", "setup.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    program(
+        tmp_path / ".venv" / "bin",
+        "python",
+        'case "$1" in -c | -I) exec ' + sys.executable + ' "$@";; esac\necho "python $*"',
+    )
+    return tmp_path
+
+
+def test_quickstart_runs_the_study(project):
+    for args, profile, out in (([], "quick", "runs/quickstart"), (["--fast"], "smoke", "runs/quickstart-fast")):
+        done = shell(project / "tools" / "quickstart.sh", *args)
+        assert done.returncode == 0, done.stderr
+        assert f"python tools/run_study.py --profile {profile} --out {out}" in done.stdout.splitlines()
+        assert "pip install" not in done.stdout.split("What to run next")[0]  # everything is there already
+        for path in re.findall(r"tools/[\w/]+\.(?:sh|py)", done.stdout):
+            assert (ROOT / path).is_file(), path
+    done = shell(project / "tools" / "quickstart.sh", "--quick")
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown argument --quick")
+
+
+def test_test_sh_checks_style_then_runs_the_tests(project):
+    done = shell(project / "tools" / "test.sh", "--fast", "tests/test_grpo.py")
+    assert done.returncode == 0, done.stderr
+    style, layout, tests = done.stdout.splitlines()
+    assert (style, layout) == ("python -m ruff check .", "python -m ruff format --check .")
+    assert tests.startswith("python -m pytest -q") and tests.endswith("-m not slow tests/test_grpo.py")
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1].endswith("bash tools/test.sh")
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_an_old_python_is_refused_by_name(project, tmp_path):
+    old = tmp_path / "bin"
+    old.mkdir()
+    program(old, "old-python", 'case "$2" in *exit*) exit 1;; *) echo ", /usr/bin/old-python is Python 3.9.2";; esac')
+    (project / ".venv").rename(project / "elsewhere")
+    done = shell(project / "tools" / "quickstart.sh", path=old, PYTHON="old-python")
+    assert done.returncode == 2 and not (project / ".venv").exists()
+    assert len(done.stderr.splitlines()) == 1
+    assert "Python 3.11 or newer is needed" in done.stderr and "is Python 3.9.2" in done.stderr
+
+
+def test_what_is_missing_is_installed_once(project):
+    (project / "constraints.txt").write_text((project / "constraints.txt").read_text().replace("torch==", "torch==9."))
+    done = shell(project / "tools" / "test.sh")
+    assert f"-c {project}/constraints.txt -e {project}[dev]" in done.stdout
+    done = shell(project / "tools" / "quickstart.sh")
+    assert f"-c {project}/constraints.txt -e {project}\n" in done.stdout
