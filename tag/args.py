@@ -7,34 +7,42 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tqdm import tqdm
+
 from tag.errors import DataError, UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults shown in --help and `--preset NAME` applied before the other flags."""
+    """argparse with defaults shown in --help and `--preset NAME` applied before the other flags.
 
-    def __init__(self, doc: str | None, presets: dict[str, dict] | None = None) -> None:
+    presets: the sets of `--preset`. more: those of further flags of its kind, e.g. `algorithm={...}` for `--algorithm`;
+    where two chosen sets give the same flag a value, the later flag of this list wins.
+    """
+
+    def __init__(self, doc: str | None, presets: dict[str, dict] | None = None, **more: dict[str, dict]) -> None:
         summary = (doc or "").strip()
         super().__init__(description=summary, formatter_class=_HelpFormatter, allow_abbrev=False)
-        self.presets = presets or {}
-        if self.presets:
-            self.add_argument("--preset", choices=sorted(self.presets), help="a documented set of defaults")
+        self.presets = {flag: sets for flag, sets in {"preset": presets or {}, **more}.items() if sets}
+        for flag, sets in self.presets.items():
+            kind = "defaults" if flag == "preset" else f"{flag} flags"
+            self.add_argument(f"--{flag}", choices=sorted(sets), help=f"a documented set of {kind}")
 
     def error(self, message: str) -> None:  # type: ignore[override]
         """One line instead of the whole usage."""
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:  # type: ignore[override]
-        """Parse; values of the chosen preset replace defaults, flags on the command line win over both."""
+        """Parse; values of the chosen presets replace defaults, flags on the command line win over both."""
         argv = sys.argv[1:] if args is None else list(args)
-        if self.presets:
-            first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-            first.add_argument("--preset")
-            chosen = first.parse_known_args(argv)[0].preset
-            values = self.presets.get(chosen, {})
-            known = {action.dest for action in self._actions}
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for flag in self.presets:
+            first.add_argument(f"--{flag}", nargs="?")  # a missing value is the full parser's to refuse
+        chosen = vars(first.parse_known_args(argv)[0])
+        known = {action.dest for action in self._actions}
+        for flag, sets in self.presets.items():
+            values = sets.get(chosen[flag], {})
             if unknown := set(values) - known:
-                raise AssertionError(f"preset {chosen} sets flags that do not exist: {sorted(unknown)}")
+                raise AssertionError(f"{flag} {chosen[flag]} sets flags that do not exist: {sorted(unknown)}")
             self.set_defaults(**values)
             for action in self._actions:
                 if action.dest in values:
@@ -53,7 +61,8 @@ def run(main: Callable[[], None]) -> None:
     except (UsageError, DataError) as e:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"[rank {rank}] "
-        print(f"{where}error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+        # Through tqdm: on a terminal a progress bar may stand on the current line.
+        tqdm.write(f"{where}error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -84,9 +93,7 @@ def claim_run_folder(out: str | os.PathLike, script: str, args: argparse.Namespa
     if not card.is_file():
         if out.is_dir() and any(out.iterdir()):
             raise UsageError(f"{out} is not empty and holds no run of ours; choose another --out")
-        if is_main:
-            out.mkdir(parents=True, exist_ok=True)
-        return False
+        return False  # the folder is made with its first file, when everything else has been found to be in order
     try:
         theirs = json.loads(card.read_text())
         other_script, other = theirs["script"], theirs["args"]

@@ -165,8 +165,11 @@ def list_records(run: str | os.PathLike) -> list[Path]:
     return sorted(p for p in (run / "records").glob("step-*") if p.name[5:].isdigit() and p.is_dir())
 
 
-def load_record(folder: str | os.PathLike) -> StepRecord:
-    """Read a record. Raises DataError (one line) if it is truncated, of another version, or inconsistent."""
+def load_record(folder: str | os.PathLike, with_state: bool = True) -> StepRecord:
+    """Read a record; `with_state=False` leaves out weights and moments, which can be gigabytes.
+
+    Raises DataError (one line) if it is truncated, of another version, or inconsistent.
+    """
     folder = Path(folder)
     try:
         meta = json.loads((folder / "record.json").read_text(encoding="utf-8"))
@@ -174,7 +177,8 @@ def load_record(folder: str | os.PathLike) -> StepRecord:
             found = meta.get("format") if isinstance(meta, dict) else None
             raise DataError(f"{folder}: a record of format {found!r}, this version reads {FORMAT}")
         tensors = load_file(folder / "tensors.safetensors")
-        state = load_file(folder / "state.safetensors") if (folder / "state.safetensors").is_file() else {}
+        has_state = with_state and (folder / "state.safetensors").is_file()
+        state = load_file(folder / "state.safetensors") if has_state else {}
         G, N, T = int(meta["args"]["group_size"]), *tensors["token_ids"].shape
         consistent = (
             len(meta["completions"]) == N == len(meta["faces"]) * G

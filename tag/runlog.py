@@ -2,11 +2,14 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 from tqdm import tqdm
 
 from tag.files import replacing
+
+LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
 class RunLog:
@@ -30,15 +33,23 @@ class RunLog:
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start)
         except ImportError:
             pass
-        self.bar = tqdm(total=total, initial=start, desc=desc, dynamic_ncols=True, smoothing=0.1)
+        # The bar is for terminals; a log file gets a line now and then.
+        self.bar = tqdm(total=total, initial=start, desc=desc, dynamic_ncols=True, smoothing=0.1, disable=None)
+        self.done, self.total, self.desc, self.said = start, total, desc, time.monotonic()
 
     def step(self, step: int, metrics: dict, show: tuple[str, ...] = ()) -> None:
         """Log the metrics of `step` (0-based) and move the bar; `show` names those that stand beside it."""
         if not self.is_main:
             return
         self._write(step, metrics)
-        self.bar.set_postfix({k: f"{metrics[k]:.3g}" for k in show if metrics.get(k) is not None}, refresh=False)
-        self.bar.update(1)
+        shown = {k: f"{metrics[k]:.3g}" for k in show if metrics.get(k) is not None}
+        self.done = step + 1
+        if not self.bar.disable:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(1)
+        elif self.done == self.total or time.monotonic() - self.said >= LINE_SECONDS:
+            self.said = time.monotonic()
+            self.write(f"{self.desc} {self.done}/{self.total}: {', '.join(f'{k} {v}' for k, v in shown.items())}")
 
     def event(self, step: int, metrics: dict) -> None:
         """Log something that happens now and then (an evaluation), with a line above the bar."""

@@ -7,6 +7,7 @@ Shapes:  B images;  K = 64 visual tokens an image (224 x 224 px, 16 x 16 patches
          D width of the vision tower;  R, L, M as in tag/data/batching.py.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils.logging import disable_progress_bar
 
 from tag.attention import NAME as ATTENTION
 from tag.boxes import MODEL_SIZE, Canvas
@@ -186,6 +188,8 @@ def load_vlm(source: str, dtype: str = "bfloat16", device: str | torch.device = 
     Raises DataError if `source` is not a Qwen2.5-VL checkpoint that can be read.
     """
     folder = str(TINY_MODEL) if source == "tiny" else source
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # for people, not for log files
     try:
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind != "qwen2_5_vl":  # else the class would build a model of its default size, 7 billion random weights

@@ -92,6 +92,7 @@ def test_forward_is_the_formula():
     layer.add("a", rank=3, alpha=12.0, dropout=0.0)
     layer.lora_B["a"].data.normal_()
     layer.active = "a"
+    assert not layer.weight.requires_grad and not layer.bias.requires_grad
     x = torch.randn(2, 7, 6)
     A, B = layer.lora_A["a"], layer.lora_B["a"]
     torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias + 4.0 * (x @ A.T) @ B.T)
@@ -100,6 +101,7 @@ def test_forward_is_the_formula():
 
 def test_exactly_the_adapters_are_trainable(fresh):
     base = {name for name, _ in fresh.hf_model.named_parameters()}
+    fresh.hf_model.requires_grad_(True)
     add_lora(fresh.hf_model, rank=4, alpha=8)
     after = dict(fresh.hf_model.named_parameters())
     assert base < after.keys()  # the base keeps its names
@@ -294,6 +296,8 @@ def test_our_adapter_loads_in_peft_with_equal_logits(tmp_path):
     save_adapter(ours.hf_model, tmp_path, modules_to_save=(PROJECTOR,))
     base = make_vlm()
     theirs = peft.PeftModel.from_pretrained(base.hf_model, tmp_path).eval()
+    adapted = {name.split(".lora_A")[0] for name, _ in theirs.named_parameters() if ".lora_A." in name}
+    assert adapted == {f"base_model.model.{path}" for path in lora_layers(ours.hf_model)}  # none in the vision tower
     torch.testing.assert_close(logits(base, theirs), logits(ours), atol=1e-5, rtol=1e-5)
 
 

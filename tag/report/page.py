@@ -25,9 +25,14 @@ _ODD = {
 }
 
 
+def visible(value: Any) -> str:
+    """`str(value)` with odd control characters as what they are, for a script that shows it as text; not HTML."""
+    return str(value).translate(_ODD)
+
+
 def esc(value: Any) -> str:
     """`str(value)` as HTML text or attribute value; odd control characters are made visible."""
-    return html.escape(str(value).translate(_ODD), quote=True)
+    return html.escape(visible(value), quote=True)
 
 
 def script_json(value: Any) -> str:

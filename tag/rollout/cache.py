@@ -28,27 +28,29 @@ class CacheView:
     prompt: Tensor  # (N, S, K, 2, P, D) keys and values
     prompt_mask: Tensor  # (S * K, 1, P) additive
     own: Tensor  # (N, R, K, 2, 1 + T, D); column 0 is the prompt's place and stays zero
+    own_flat: Tensor  # (N, all key and value vectors of the cache, D), for writing
+    own_length: int  # columns of the whole cache
     to_cells: Tensor  # (S * K * C,) the (row, head) whose queries go to each (slot, head, cell)
     to_rows: Tensor  # (R * K,) the way back
-    own_mask: Tensor | None = None  # (R * K, 1, 1 + T) additive, see `see`
 
-    def see(self, count: Tensor) -> None:
-        """Let each row see the prompt and its own tokens 0 ... count; count (R,) int64."""
+    def begin_step(self, count: Tensor) -> None:
+        """Each row's next token is number `count`, and sees the prompt and the tokens up to itself; count (R,) int64."""
         R, K, columns = len(count), self.own.shape[2], self.own.shape[4]
         hidden = torch.arange(columns, device=count.device) > count[:, None] + 1  # (R, 1 + T)
         mask = torch.zeros(R, columns, device=count.device).masked_fill_(hidden, float("-inf"))
         self.own_mask = mask[:, None].expand(R, K, columns).reshape(R * K, 1, columns)
-        self.pairs = torch.arange(R * K, device=count.device)
-        self.columns = (count[:, None] + 1).expand(R, K).reshape(R * K)
+        pairs = torch.arange(R * K * 2, device=count.device)  # (R * K * 2,) one for each row, head, and key or value
+        self.places = pairs * self.own_length + (count + 1).repeat_interleave(K * 2)  # where the new ones are written
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         """Store the new token's key and value, attend to prompt and own tokens; (R * K, G + 2, D) -> (R * K, G, D)."""
         G, D = qkv.shape[1] - 2, qkv.shape[2]
-        q, scale = qkv[:, :G], D**-0.5
+        q = qkv[:, :G].contiguous()  # (R * K, G, D)
+        self.own_flat[layer].index_copy_(0, self.places, qkv[:, G:].reshape(-1, D))
 
         kv = self.prompt[layer].flatten(0, 1)  # (S * K, 2, P, D)
         at_cells = q.index_select(0, self.to_cells).view(len(kv), -1, D)  # (S * K, C * G, D)
-        scores = _scores(at_cells, kv[:, 0], self.prompt_mask, scale)  # (S * K, C * G, P)
+        scores = _scores(at_cells, kv[:, 0], self.prompt_mask)  # (S * K, C * G, P)
         probs = scores.softmax(-1)
         # log sum exp = score - log(prob) for any key; taken at the largest, where it is exact and costs least.
         lse = scores.amax(-1) - probs.amax(-1).log()  # (S * K, C * G)
@@ -57,21 +59,24 @@ class CacheView:
         output = output.view(-1, G, D).index_select(0, self.to_rows)  # (R * K, G, D)
 
         kv = self.own[layer].flatten(0, 1)  # (R * K, 2, 1 + T, D)
-        kv[self.pairs, :, self.columns] = qkv[:, G:]
-        scores = _scores(q, kv[:, 0], self.own_mask, scale)  # (R * K, G, 1 + T)
+        scores = _scores(q, kv[:, 0], self.own_mask)  # (R * K, G, 1 + T)
         scores[:, :, 0] = lse  # the prompt as one key
         probs = scores.softmax(-1).to(kv.dtype)
-        return torch.bmm(probs, kv[:, 1]).addcmul_(probs[:, :, :1], output)  # its value, for column 0 holds zeros
+        # The copy lays probs out key-major, with which CPU libraries multiply few rows by many twice as fast.
+        probs = probs.transpose(1, 2).contiguous().transpose(1, 2)
+        return torch.bmm(probs, kv[:, 1]).addcmul_(probs[:, :, :1], output)  # its value; column 0 itself holds zeros
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """scale * q k^T + mask in fp32, whatever the inputs: bfloat16 could not hold a score to better than 1 in 256."""
+def _scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """q k^T / sqrt(D) + mask in fp32, whatever the inputs: bfloat16 tells large scores apart by whole units only."""
     k = k.transpose(1, 2)
     if q.dtype == torch.float32:
-        return torch.baddbmm(mask, q, k, alpha=scale)
-    if q.is_cuda:
-        return torch.bmm(q, k, out_dtype=torch.float32).mul_(scale).add_(mask)
-    return torch.baddbmm(mask, q.float(), k.float(), alpha=scale)
+        products = torch.bmm(q, k)
+    elif q.is_cuda:
+        products = torch.bmm(q, k, out_dtype=torch.float32)
+    else:
+        products = torch.bmm(q.float(), k.float())
+    return torch.add(mask, products, alpha=q.shape[-1] ** -0.5, out=products)
 
 
 class GroupCache:
@@ -120,19 +125,18 @@ class GroupCache:
 
     def seat(self, cells: Sequence[tuple[int, int] | None], slots: int, per_slot: int) -> None:
         """Say which (slot, cell) each row has taken (None: a free row, whose results nobody reads)."""
-        device, K = self.own.device, self.own.shape[2]
+        K = self.own.shape[2]
         row_of_cell = torch.zeros(slots, 1, per_slot, dtype=torch.long)
-        cell_of_row = torch.zeros(len(cells), 2, dtype=torch.long)
         for row, cell in enumerate(cells):
             if cell is not None:
                 row_of_cell[cell[0], 0, cell[1]] = row
-                cell_of_row[row] = torch.tensor(cell)
+        cell_of_row = torch.tensor([cell or (0, 0) for cell in cells])  # (R, 2)
         heads = torch.arange(K)
         to_cells = row_of_cell * K + heads[:, None]  # (S, K, C)
         to_rows = (cell_of_row[:, :1] * K + heads) * per_slot + cell_of_row[:, 1:]  # (R, K)
         # In place: CUDA graphs know the addresses.
-        self.to_cells[: to_cells.numel()].copy_(to_cells.flatten().to(device))
-        self.to_rows[: to_rows.numel()].copy_(to_rows.flatten().to(device))
+        self.to_cells[: to_cells.numel()].copy_(to_cells.flatten())
+        self.to_rows[: to_rows.numel()].copy_(to_rows.flatten())
 
     def view(self, slots: int, per_slot: int, prompt_length: int, rows: int, columns: int) -> CacheView:
         """The part that a step of `rows` rows works on, with room for `columns` own tokens."""
@@ -141,6 +145,8 @@ class GroupCache:
             prompt=self.prompt[:, :slots, :, :, :prompt_length],
             prompt_mask=self.prompt_mask[:slots, ..., :prompt_length].flatten(0, 1),
             own=self.own[:, :rows, :, :, : 1 + columns],
+            own_flat=self.own.flatten(1, 4),
+            own_length=self.own.shape[4],
             to_cells=self.to_cells[: slots * K * per_slot],
             to_rows=self.to_rows[: rows * K],
         )

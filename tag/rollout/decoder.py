@@ -171,7 +171,7 @@ class TextDecoder:
         """
         R, K, G, D = len(tokens), self.K, self.G, self.D
         cos, sin = (t.view(R, 1, 1, D) for t in self.rotary(positions))
-        cache.see(count)
+        cache.begin_step(count)
         x = F.embedding(tokens, self.embed)  # (R, H)
         for i, layer in enumerate(self.layers):
             qkv = F.linear(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias).view(R, K, G + 2, D)

@@ -1,0 +1,1 @@
+"""The tiny Qwen2.5-VL that plays the base model in the embedded default, and how it is made."""

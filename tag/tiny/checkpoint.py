@@ -6,7 +6,6 @@ neighbours (`>[`, `]</`) and digits stand alone, as in the real one: code that w
 boundaries.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -161,6 +160,7 @@ def save_checkpoint(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder, save_jinja_files=False)  # chat template inside tokenizer_config.json
     build_image_processor().save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # newer safetensors write for the owner alone; this is an asset
     return sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
 
 
@@ -168,13 +168,3 @@ def make_random(folder: str | os.PathLike, seed: int = 0, small: bool = True) ->
     """A loadable checkpoint with random weights (seconds); returns its size in bytes."""
     tokenizer = build_tokenizer()
     return save_checkpoint(folder, build_model(build_config(tokenizer, small), seed), tokenizer)
-
-
-def checkpoint_summary(folder: str | os.PathLike) -> dict:
-    """Bytes and architecture numbers of a checkpoint folder, for the model card."""
-    folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
-    return {
-        "bytes": sum(f.stat().st_size for f in folder.iterdir() if f.is_file()),
-        "vocab": config["text_config"]["vocab_size"],
-    }

@@ -121,7 +121,7 @@ def train_tower(
             tokens = forward(to_patches(faces.images[index]))
         parts = tower_loss(heads, tokens.float(), faces.labels[index], faces.intensities[index], faces.boxes[index])
         optimizer.step(sum(parts.values()))
-        meter.add({k: float(v) for k, v in parts.items()})
+        meter.add({k: v.item() for k, v in parts.items()})
     with torch.no_grad():
         aus, classes, boxes, _ = heads(tower_features(model, held_out).float())
     found = bins_to_boxes(boxes).round().long()
@@ -166,7 +166,7 @@ def train_language(
         with torch.autocast("cpu", torch.bfloat16):
             loss = language_loss(model, features[index], batch, forward)
         optimizer.step(loss)
-        meter.add({"loss": float(loss)})
+        meter.add({"loss": loss.item()})
         if (meter.done % 200) == 0 and meter.done < steps:
             log(f"language {meter.done}: {evaluate(model, packer, held_out, 60, seed)}")
 

@@ -1,0 +1,364 @@
+"""train_sft.py, train_grpo.py and eval.py as commands: bad input, three steps end to end, killed and resumed.
+
+    pytest tests/test_scripts.py
+    pytest tests/test_scripts.py -m slow      # SIGKILL at random moments, one and two processes
+
+Bad input ends with exit code 2 and one line on stderr; nothing is lost, and nothing is created before it is found.
+"""
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from forks import ForkServer, reward_of_text
+from helpers import add_random_lora
+from PIL import Image
+
+import eval as eval_script
+import train_grpo
+import train_sft
+from tag.args import run
+from tag.data.records import read_records
+from tag.lora import save_adapter
+from tag.vlm import load_vlm
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {"train_sft": train_sft, "train_grpo": train_grpo, "eval": eval_script}
+TIMING = ("_seconds", "tokens_per_second")
+
+
+@pytest.fixture
+def work(tmp_path, synth) -> Path:
+    """A folder of one's own with a copy of the data set's records; the images stay where they are."""
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val"):
+        shutil.copyfile(synth / f"{split}.jsonl", tmp_path / "data" / f"{split}.jsonl")
+    return tmp_path
+
+
+@pytest.fixture
+def flags(work, synth, small_folder, small_adapter):
+    """Flags of a short run of a script on the random model, as a function of its name and the flags that differ."""
+
+    def of(script: str, **changed: object) -> list[str]:
+        chosen: dict = {"model": small_folder, "dtype": "float32", "image_root": synth, "out": work / "out"}
+        chosen |= {"data": work / "data" / "val.jsonl" if script == "eval" else work / "data", "max_new_tokens": 8}
+        if script == "train_sft":
+            chosen |= {"batch_size": 4, "epochs": 1, "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "lr": 1e-2}
+            chosen |= {"eval_faces": 4, "eval_every": 2}
+        if script == "train_grpo":
+            chosen |= {"adapter": small_adapter, "group_size": 2, "rollouts_per_step": 8, "max_steps": 3, "lr": 1e-3}
+            chosen |= {"eval_faces": 4, "eval_every": 2}
+        if script == "eval":
+            chosen |= {"adapter": small_adapter, "report_faces": 2}
+        chosen |= changed
+        words = [(f"--{k.replace('_', '-')}", v) for k, v in chosen.items() if v is not None]
+        return [str(w) for flag, v in words for w in ((flag,) if v is True else (flag, v))]
+
+    return of
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a script's main in this process as the command would: (exit code, stdout, stderr)."""
+
+    def of(script: str, argv: list[str]) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
+        code = 0
+        try:
+            run(SCRIPTS[script].main)
+        except SystemExit as e:
+            code = e.code
+        return code, *capsys.readouterr()
+
+    return of
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Hash of every file and name of every folder below `folder`."""
+    entries = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*")}
+    return {n: hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "" for n, p in entries.items()}
+
+
+def refused(call, work: Path, script: str, argv: list[str]) -> str:
+    """The one line with which the script refuses; checks that the folder is as it was."""
+    before = tree(work)
+    code, _, err = call(script, argv)
+    assert code == 2, err
+    assert len(err.splitlines()) == 1 and err.startswith("error: ") and "Traceback" not in err
+    assert tree(work) == before
+    return err
+
+
+def metrics(out: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith(TIMING)} for line in lines]
+
+
+def result(out: Path) -> dict[str, str]:
+    """Hashes of what a run leaves for others: adapters and the tensors of its step records."""
+    wanted = [*out.glob("adapter/*"), *out.glob("best/*"), *out.glob("records/*/tensors.safetensors")]
+    assert wanted
+    return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in wanted}
+
+
+# ---------------------------------------------------------------- bad input
+
+ALL = ("train_sft", "train_grpo", "eval")
+TRAIN = ("train_sft", "train_grpo")
+
+
+def edit(path: Path, number: int, change) -> None:
+    """Replace line `number` (1-based) by what `change` makes of its JSON: an object, or the text itself."""
+    lines = path.read_text().splitlines()
+    new = change(json.loads(lines[number - 1]))
+    lines[number - 1] = new if isinstance(new, str) else json.dumps(new)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def with_au(record: dict, **fields: object) -> dict:
+    """The record with one AU, some of its fields changed."""
+    au = {"au": "AU12", "score": 0.9, "box": [100, 200, 300, 250]} | fields
+    return record | {"aus": [au], "candidates": ["AU12"]}
+
+
+BAD_LINES = {
+    "unknown label": (lambda r: r | {"label": "joyful"}, "field 'label': unknown class 'joyful'"),
+    "box outside the canvas": (lambda r: with_au(r, box=[100, 200, 300, 512]), "field 'aus[0].box': [100, 200, 300"),
+    "box inside out": (lambda r: with_au(r, box=[300, 200, 100, 250]), "field 'aus[0].box'"),
+    "torn line": (lambda r: json.dumps(r)[:70], "not valid JSON"),
+    "not an object": (lambda r: "[1, 2]", "not a JSON object"),
+    "no image": (lambda r: {k: v for k, v in r.items() if k != "image"}, "field 'image'"),
+    "an id twice": (lambda r: r | {"id": "synth-val-000000"}, "field 'id'"),
+}
+
+
+@pytest.mark.parametrize("script", ALL)
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_a_bad_record_is_named_by_file_line_and_field(call, work, flags, script, kind):
+    change, words = BAD_LINES[kind]
+    edit(work / "data" / "val.jsonl", 3, change)
+    line = refused(call, work, script, flags(script))
+    assert f"val.jsonl:3: {words}" in line
+
+
+@pytest.mark.parametrize("script", TRAIN)
+def test_a_bad_training_record_is_named(call, work, flags, script):
+    edit(work / "data" / "train.jsonl", 12, lambda r: r | {"label": "contempt"})
+    assert "train.jsonl:12: field 'label'" in refused(call, work, script, flags(script))
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_a_missing_image_is_named(call, work, flags, script):
+    edit(work / "data" / "val.jsonl", 2, lambda r: r | {"image": "val/gone.png"})
+    line = refused(call, work, script, flags(script))
+    assert "synth-val-000001" in line and "val/gone.png" in line and "--image-root" in line
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_a_truncated_image_is_named_and_once_mended_the_run_goes_on(call, work, flags, script, synth):
+    """An image is opened when its turn comes, so a run may be under way; what it has done is kept."""
+    images = shutil.copytree(synth, work / "images")
+    record = read_records(work / "data" / "val.jsonl")[0]
+    whole = (images / record.image).read_bytes()
+    (images / record.image).write_bytes(whole[: len(whole) // 2])
+    argv = flags(script, image_root=images)
+    code, _, err = call(script, argv)
+    assert code == 2 and len(err.splitlines()) == 1 and "Traceback" not in err
+    assert record.image in err and "truncated" in err
+    (images / record.image).write_bytes(whole)
+    assert call(script, argv)[0] == 0
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_an_empty_split(call, work, flags, script):
+    (work / "data" / "val.jsonl").write_text("\n")
+    assert "val.jsonl: no records" in refused(call, work, script, flags(script))
+
+
+def test_a_split_that_no_record_is_of(call, work, flags):
+    assert "none of its 8 records is of split 'test'" in refused(call, work, "eval", flags("eval", split="test"))
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_missing_data(call, work, flags, script):
+    line = refused(call, work, script, flags(script, data=work / "nowhere"))
+    assert "nowhere" in line and "no such records file" in line
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_missing_adapter_or_model(call, work, flags, script):
+    assert "nowhere: not an adapter folder" in refused(call, work, script, flags(script, adapter=work / "nowhere"))
+    assert "cannot load a Qwen2.5-VL checkpoint" in refused(call, work, script, flags(script, model=work / "data"))
+
+
+@pytest.fixture(scope="module")
+def adapter_of_the_tiny_model(tmp_path_factory) -> Path:
+    """Made for another architecture: the one that ships with the package."""
+    folder = tmp_path_factory.mktemp("other")
+    save_adapter(add_random_lora(load_vlm("tiny", "float32")).hf_model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_adapter_of_another_architecture(call, work, flags, script, adapter_of_the_tiny_model):
+    line = refused(call, work, script, flags(script, adapter=adapter_of_the_tiny_model))
+    assert "made for another architecture" in line or "this model needs" in line
+
+
+@pytest.mark.parametrize(
+    ("script", "changed", "words"),
+    [
+        ("train_grpo", {"rollouts_per_step": 9}, "--rollouts-per-step 9 is not a multiple of --group-size 2"),
+        ("train_grpo", {"group_size": 1, "rollouts_per_step": 8}, "a group needs at least 2"),
+        ("train_grpo", {"au_reward": "f2"}, "--au-reward"),
+        ("train_sft", {"batch_size": 13}, "--batch-size 13 exceeds the 12 records"),
+        ("train_sft", {"context": 200}, "more than --context 200"),
+        ("train_sft", {"learning_rate": 1}, "--learning-rate"),
+        ("train_sft", {"lr": "fast"}, "--lr"),
+        ("eval", {"device": "tpu"}, "--device"),
+    ],
+)
+def test_flags_that_do_not_fit(call, work, flags, script, changed, words):
+    assert words in refused(call, work, script, flags(script, **changed))
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_a_folder_with_other_things_in_it_is_left_alone(call, work, flags, script):
+    (work / "out").mkdir()
+    (work / "out" / "thesis.txt").write_text("precious")
+    assert "is not empty and holds no run of ours" in refused(call, work, script, flags(script))
+
+
+# ---------------------------------------------------------------- three steps, end to end
+
+
+def documented() -> set[str]:
+    """Names in the tables of docs/metrics.md."""
+    rows = re.findall(r"^\| (`[^|]+) \|", (ROOT / "docs" / "metrics.md").read_text(), re.M)
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
+def test_sft_end_to_end(call, work, flags):
+    code, out, err = call("train_sft", flags("train_sft"))
+    assert (code, err) == (0, "")
+    for row in ("vision tower +frozen", "projector +full", "decoder layers +LoRA", "decoder layers +frozen"):
+        assert re.search(rf"^{row} +[\d,]+ +[\d.]+$", out, re.M), f"no {row!r} in the trainability table"
+    assert out.index("decoder layers") < out.index("sft 3/3")  # before the first step
+    lines = metrics(work / "out")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [0, 1, 2] and [x["step"] for x in lines if "val_accuracy" in x] == [1, 2]
+    assert {k for line in lines for k in line} - {"step"} <= documented()
+    assert steps[2]["loss"] < steps[0]["loss"]
+    assert {p.name for p in (work / "out" / "checkpoints").iterdir()} == {"step-000003"}
+    assert (work / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (work / "out" / "best" / "adapter_config.json").is_file()
+    assert not list((work / "out").rglob("*.partial"))
+
+    # Another run does not get into its folder: the flag that differs is named.
+    assert "--lr was 0.01 there and is 0.02 now" in refused(call, work, "train_sft", flags("train_sft", lr=0.02))
+    assert "holds a run of train_sft.py" in refused(call, work, "train_grpo", flags("train_grpo"))
+    # The same command again has nothing left to do and changes nothing.
+    before = result(work / "out"), metrics(work / "out")
+    assert call("train_sft", flags("train_sft"))[0] == 0
+    assert (result(work / "out"), metrics(work / "out")) == before
+
+
+def test_grpo_end_to_end(call, work, flags, monkeypatch):
+    monkeypatch.setattr(train_grpo, "score_completion", reward_of_text)
+    code, out, err = call("train_grpo", flags("train_grpo", updates_per_step=2))
+    assert (code, err) == (0, "")
+    assert re.search(r"^decoder layers +LoRA +[\d,]+", out, re.M) and "frozen adapter" in out
+    assert "KL reference: sft" in out
+    lines = metrics(work / "out")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [0, 1, 2]
+    assert {k for line in lines for k in line} - {"step"} <= documented()
+    assert all(line["grad_norm"] > 0 and line["groups_flat"] < 1 for line in steps)  # there was something to learn
+    assert steps[0]["approx_kl"] > 0 and steps[2]["kl"] > 0  # and the policy moved
+    assert all(line["logprob_mismatch_max"] < 1e-4 for line in steps)
+    assert (work / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    assert not list((work / "out").rglob("*.partial"))
+    changed = flags("train_grpo", updates_per_step=2, beta=0.1)
+    assert "--beta was 0.04 there and is 0.1 now" in refused(call, work, "train_grpo", changed)
+
+
+def test_eval_end_to_end(call, work, flags):
+    code, out, err = call("eval", flags("eval"))
+    assert (code, err) == (0, "")
+    found = json.loads((work / "out" / "metrics.json").read_text())
+    assert found["n"] == 8 and {"accuracy", "au_iou", "format_valid"} <= found.keys()
+    predictions = (work / "out" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(p)["id"] for p in predictions] == [r.id for r in read_records(work / "data" / "val.jsonl")]
+    assert "accuracy" in out and (work / "out" / "report.html").is_file() and (work / "out" / "table.md").is_file()
+    assert "--split was None there" in refused(call, work, "eval", flags("eval", split="val"))
+    # What was answered stays answered.
+    (work / "out" / "predictions.jsonl").write_text("\n".join(predictions[:5]) + "\n")
+    assert call("eval", flags("eval"))[0] == 0
+    assert (work / "out" / "predictions.jsonl").read_text().splitlines() == predictions
+
+
+@pytest.mark.parametrize("script", TRAIN)
+def test_stop_after(call, work, flags, script, monkeypatch):
+    monkeypatch.setattr(train_grpo, "score_completion", reward_of_text)
+    assert call(script, flags(script, out=work / "whole"))[0] == 0
+    argv = flags(script, out=work / "part")
+    for _ in range(2):  # asked again, it is still done
+        assert call(script, [*argv, "--stop-after", "2"])[0] == 0
+        assert [x["step"] for x in metrics(work / "part") if "loss" in x] == [0, 1]
+        assert (work / "part" / "checkpoints" / "step-000002").is_dir()
+    code, out, _ = call(script, argv)
+    assert code == 0 and "resuming after step 2 of 3" in out
+    assert metrics(work / "part") == metrics(work / "whole")
+    assert result(work / "part") == result(work / "whole")
+
+
+# ---------------------------------------------------------------- killed and resumed
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Runs the training scripts in processes that can be killed."""
+    with ForkServer(tmp_path_factory.mktemp("logs")) as server:
+        yield server
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("script", TRAIN)
+def test_killed_at_random_moments_it_is_the_same_run(server, work, flags, script, world):
+    """The same command until it is done gives bit for bit what one uninterrupted run gives."""
+    more = {"train_sft": {"epochs": 2}, "train_grpo": {"max_steps": 6, "updates_per_step": 2}}[script]
+    more |= {"save_every": 1, "device": "cpu"}
+    whole = server.run(script, flags(script, out=work / "whole", **more), world)
+    assert whole.codes == [0] * world, whole.output[-3000:]
+    moments = random.Random(f"{script} {world}")
+    argv, kills, resumed = flags(script, out=work / "killed", **more), 0, 0
+    while kills < 4:
+        part = server.run(script, argv, world, kill_after=moments.uniform(0.3, 1.0) * whole.seconds)
+        resumed += "resuming after step" in part.output
+        if not part.killed:
+            break
+        kills += 1
+    last = server.run(script, argv, world)
+    assert last.codes == [0] * world, last.output[-3000:]
+    assert kills >= 1 and resumed + ("resuming after step" in last.output) >= 1, "never interrupted where it matters"
+    assert metrics(work / "killed") == metrics(work / "whole")
+    assert result(work / "killed") == result(work / "whole")
+    assert not list((work / "killed" / "adapter").glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_bad_input_ends_all_processes(server, work, flags):
+    """No rank waits for one that has found the mistake; the line is said for each."""
+    edit(work / "data" / "train.jsonl", 2, lambda r: r | {"label": "joyful"})
+    ended = server.run("train_sft", flags("train_sft"), world=2)
+    assert 2 in ended.codes and ended.seconds < 60
+    assert "train.jsonl:2: field 'label'" in ended.output and "Traceback" not in ended.output
+    assert not (work / "out").exists()
