@@ -94,8 +94,8 @@ def cleanup() -> None:
     Garbage first: FSDP2's modules and their optimizer hang together in cycles, and what still holds a communicator when
     the group goes makes gloo's threads abort the process at exit ("terminate called without an active exception").
     """
-    gc.collect()
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 

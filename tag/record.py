@@ -185,8 +185,11 @@ def load_record(folder: str | os.PathLike, with_state: bool = True) -> StepRecor
             and all(tensors[k].shape == (N, T) for k in PER_TOKEN if k in tensors)
             and tensors["lengths"].shape == tensors["advantages"].shape == (N,)
             and tensors["rewards"].shape == (N, 4)
+            and not tensors["token_ids"].is_floating_point()
             and 0 < int(tensors["lengths"].min()) <= int(tensors["lengths"].max()) <= T
         )
+        finite = all(tensors[k].isfinite().all() for k in ("advantages", "sampled_logprobs"))
+        finite = finite and bool(tensors["rewards"][:, [0, 1, 3]].isfinite().all())  # R_AU may be absent, which is NaN
         int(meta["step"])
     except DataError:
         raise
@@ -195,6 +198,8 @@ def load_record(folder: str | os.PathLike, with_state: bool = True) -> StepRecor
         raise DataError(f"{folder}: not a step record, or a truncated one ({reason})") from None
     if not consistent:
         raise DataError(f"{folder}: record.json and tensors.safetensors do not belong together")
+    if not finite:
+        raise DataError(f"{folder}: an advantage, reward or sampled log-prob is not a number")
     return StepRecord(meta, tensors, state)
 
 

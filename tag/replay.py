@@ -170,7 +170,7 @@ def reward_totals(record: StepRecord, knobs: Knobs) -> Tensor:
 def layout(
     record: StepRecord, prompt: Prompt, micro_tokens: int | None = None, prefix_sharing: bool | None = None
 ) -> list[list[list[Group]]]:
-    """The step's forward passes, each rows of groups: as the run laid them out (on one rank), unless asked otherwise."""
+    """The step's forward passes, each rows of groups: as the run would on one rank, unless asked otherwise."""
     args, G = record.meta["args"], record.group_size
     if not isinstance(args.get("micro_tokens"), int) or not isinstance(args.get("no_prefix_sharing"), bool):
         raise DataError("the record's arguments do not say how its passes were laid out")

@@ -52,7 +52,7 @@ class ForkServer:
         self.process.wait(timeout=60)
 
     def run(self, script: str, argv: list, world: int = 1, kill_after: float | None = None) -> Run:
-        """Run `script` (a module with a `main`) in `world` processes; SIGKILL all of them after `kill_after` seconds."""
+        """Run `script` (a module with a `main`) in `world` processes; SIGKILL all after `kill_after` seconds."""
         self.count += 1
         log = self.folder / f"log-{self.count}.txt"
         order = {"script": script, "argv": [str(a) for a in argv], "world": world, "log": str(log)}

@@ -135,8 +135,7 @@ def test_every_bad_field_is_named_with_file_and_line(tmp_path, field, value):
     with pytest.raises(DataError) as e:
         read_records(path)
     message = str(e.value)
-    assert message.startswith(f"{path}:3: ") and f"'{field.split('.')[0]}'" in message
-    assert field.partition(".")[2] in message
+    assert message.startswith(f"{path}:3: ") and f"field '{field}'" in message
     assert "\n" not in message and len(message) < len(str(path)) + 250
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 from forks import ForkServer, reward_of_text
 from helpers import add_random_lora
-from PIL import Image
 
 import eval as eval_script
 import train_grpo

@@ -9,8 +9,8 @@ Shows the run's curves with a slider over its steps, and for every recorded step
 groups: face and detector boxes, the G completions with each token coloured by advantage, log-prob, ratio, clipping, KL,
 entropy or mismatch, the boxes they wrote, and how reward, advantage and loss came about, number by number.
 
-A record or image that cannot be read is noted on the page. Exit code 2 with one line if no record can be shown; the page
-then holds the charts, if there are any.
+A record or image that cannot be read is noted on the page. Exit code 2 with one line if no record can be shown; the
+page then holds the charts, if there are any.
 """
 
 import sys
@@ -44,11 +44,12 @@ def main() -> None:
     try:
         written = write_inspector(out, args.run, args.image_root, args.tokenizer, args.max_steps, args.max_groups)
     except OSError as e:
-        raise DataError(f"{out}: cannot be written ({e.strerror or e})") from None
+        raise DataError(f"{e.filename or out}: {e.strerror or e}") from None
+    if not written.records:
+        why = next((note for note in written.notes if "left out" in note), "train with --record-every")
+        raise DataError(f"{args.run}: no step record to show ({why}); {out} holds the charts only")
     for note in written.notes:
         print(f"note: {note}", file=sys.stderr)
-    if not written.records:
-        raise DataError(f"{args.run}: no step record to show (train with --record-every); {out} holds the charts only")
     print(f"{out}: {written.records} recorded steps, {written.groups} groups, {out.stat().st_size / 2**20:.1f} MB")
 
 

@@ -56,8 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
 
     work = Path(args.work) if args.work else None
-    faces, held_out = base_faces(args.faces, args.workers, work and work / f"faces-{args.faces}.pt")
-    clock = {"faces": time.time() - started}
+    kept_faces = work and work / f"faces-{args.faces}.pt"
+    drawn = kept_faces is None or not kept_faces.is_file()
+    begun = time.time()
+    faces, held_out = base_faces(args.faces, args.workers, kept_faces)
+    clock = {"faces": time.time() - begun} if drawn else {}
     log(f"{len(faces)} faces")
 
     done = work and work / f"tower-{args.faces}-{args.steps_vision}-{args.seed}.pt"

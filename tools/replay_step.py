@@ -160,7 +160,7 @@ def compare_with_run(record: StepRecord, found: Outcome, scores: Scores, model: 
         else:
             print(f"{name:28} {'one rank only':>16} {value:16.9g}")
     if model is None:
-        print(f"{'grad_norm':28} {meta['grad_norm']:16.9g} {'needs the state':>16}")
+        print(f"{'grad_norm':28} {theirs['grad_norm']:16.9g} {'needs the state':>16}")
         print(f"{'norm of d loss / d log-prob':28} {'':16} {found.grad_norm:16.9g}")
     else:
         verdicts.append(row("grad_norm", theirs["grad_norm"], found.grad_norm, dtype))
@@ -204,7 +204,8 @@ def compare_outcomes(before: Outcome, after: Outcome) -> None:
     }
     for name, (old, new) in rows.items():
         print(f"{name:28} {old:16.9g} {new:16.9g} {new - old:12.2e}")
-    print(f"{'cosine of the gradients':28} {'':16} {cosine(before.gradient, after.gradient):16.9f}")
+    angle = cosine(before.gradient, after.gradient)
+    print(f"{'cosine of the gradients':28} {'':16} {'one is 0' if math.isnan(angle) else f'{angle:.9f}':>16}")
     print(f"(gradient with respect to the {wrt})")
 
 

@@ -97,7 +97,7 @@ def from_line(line: str, where: str = "record") -> Record:
         raise bad(f"field 'label': unknown class {raw['label'][:40]!r}; expected one of {', '.join(CLASS_INDEX)}")
     if not isinstance(raw.get("aus", []), list):
         raise bad("field 'aus' must be a list")
-    aus = [_read_au(entry, f"{where}: field 'aus[{i}]'") for i, entry in enumerate(raw.get("aus", []))]
+    aus = [_read_au(entry, f"{where}: field 'aus[{i}]") for i, entry in enumerate(raw.get("aus", []))]
     names = [a.au for a in aus]
     if len(set(names)) != len(names):
         raise bad("field 'aus' names an AU twice")
@@ -112,8 +112,10 @@ def from_line(line: str, where: str = "record") -> Record:
     size = raw.get("size", (0, 0))
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(v) is int and v >= 0 for v in size):
         raise bad("field 'size' must be [width, height]")
-    if not isinstance(raw.get("detector", ""), str) or not isinstance(raw.get("provenance", {}), dict):
-        raise bad("field 'detector' must be a string and 'provenance' an object")
+    if not isinstance(raw.get("detector", ""), str):
+        raise bad("field 'detector' must be a string")
+    if not isinstance(raw.get("provenance", {}), dict):
+        raise bad("field 'provenance' must be an object")
     return Record(
         id=raw["id"],
         image=raw["image"],
@@ -196,12 +198,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _read_au(entry: Any, where: str) -> AU:
     if not isinstance(entry, dict):
-        raise DataError(f"{where} must be an object with au, score and box")
+        raise DataError(f"{where}' must be an object with au, score and box")
     name, score, box = entry.get("au"), entry.get("score"), entry.get("box")
     if not isinstance(name, str) or not _AU_NAME.fullmatch(name):
-        raise DataError(f"{where}.au: {str(name)[:40]!r} is not an AU name such as 'AU12'")
+        raise DataError(f"{where}.au': {str(name)[:40]!r} is not an AU name such as 'AU12'")
     if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
-        raise DataError(f"{where}.score: {str(score)[:40]} is not a number in [0, 1]")
+        raise DataError(f"{where}.score': {str(score)[:40]} is not a number in [0, 1]")
     if not isinstance(box, list) or not is_valid(box):
-        raise DataError(f"{where}.box: {str(box)[:60]} is not [x1, y1, x2, y2] with 0 <= x1 < x2 <= 511 (same for y)")
+        raise DataError(f"{where}.box': {str(box)[:60]} is not [x1, y1, x2, y2] with 0 <= x1 < x2 <= 511 (same for y)")
     return AU(name, float(score), tuple(box))

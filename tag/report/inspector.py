@@ -75,9 +75,12 @@ def write_inspector(
         except DataError as e:
             broken.append(f"{path.name} left out: {str(e).removeprefix(f'{path}: ')}")
             continue
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, OverflowError) as e:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
             # record.json may hold anything; what is missing or of the wrong kind surfaces as one of these.
             broken.append(f"{path.name} left out: not what save_record writes ({type(e).__name__}: {str(e)[:80]})")
+            continue
+        if any(view.data["step"] == other.data["step"] for other in views):
+            broken.append(f"{path.name} left out: a second record of step {view.data['step']}")
             continue
         if pieces:
             rows = len(view.data["groups"]) * record.group_size
@@ -88,6 +91,7 @@ def write_inspector(
         )
         view.data["groups"] = len(view.data["groups"])  # the block holds them; here they would only take memory
         views.append(view)
+    views.sort(key=lambda view: view.data["step"])
     run.notes += broken
     if faces.missing:
         first = f"{faces.missing[0]}; is --image-root right?"
@@ -212,13 +216,13 @@ def _page(run: Run, views: Sequence[StepView], groups: int, blocks: str, data: s
 
 
 _BODY = """<div class="wrap">
-<header><div><h1>{title}</h1><p class="dim">{scope}</p></div>
+<header><div><h1>Run {title}</h1><p class="dim">{scope}</p></div>
 <button class="button screen" id="theme" type="button">Theme: auto</button></header>
 <noscript><p class="panel alarm">This page draws its charts and tokens with a script of its own; scripts are off here.
 </p></noscript>
 {complaints}{notes}
 {card}
-<div class="panel timebar screen" id="timebar" role="group" aria-label="Step and colours">
+<div class="panel timebar" id="timebar" role="group" aria-label="Step and colours">
 <button class="button" id="previous" type="button" title="previous recorded step (p)">◀</button>
 <div class="slider"><input type="range" id="step" min="0" max="0" value="0" aria-label="step">
 <div id="ticks"></div></div>

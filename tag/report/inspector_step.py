@@ -108,9 +108,11 @@ class StepView:
 def view_step(record: StepRecord, pieces: Pieces | None, load_face: LoadFace, max_groups: int) -> StepView:
     """Build the view of a record; the first `max_groups` groups are shown, all of them are counted.
 
-    Raises KeyError, TypeError, ValueError or IndexError if record.json does not hold what save_record wrote.
+    Raises KeyError, TypeError, ValueError, ... if record.json does not hold what save_record wrote.
     """
     meta, G = record.meta, record.group_size
+    if not 0 <= int(meta["step"]) < 10**9:
+        raise ValueError(f"step {str(meta['step'])[:20]}")
     faces = [from_line(json.dumps(face["record"]), "face") for face in meta["faces"]]
     parts = loss_parts(record)
     shown = len(faces) if max_groups <= 0 else min(max_groups, len(faces))
@@ -263,6 +265,7 @@ def _completion(record: StepRecord, n: int, face: Record, parts: LossParts, piec
         "au": au_arithmetic(entry, len(face.aus), record.meta["args"]["au_reward"]),
         "advantage": number(float(record.tensors["advantages"][n])),
         "weight": number(float(parts.weights[n]), 9),
+        "klWeight": number(float(parts.weights[n]) * record.meta["args"]["beta"], 9),
         "policy": number(float(parts.policy[n])),
         "kl": number(float(parts.kl[n])),
         "answer": visible(trace.answer or "no valid answer"),

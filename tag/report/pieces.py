@@ -25,6 +25,8 @@ class Pieces:
         self.tokenizer = tokenizer
         marked = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self.special = {*tokenizer.all_special_ids, *marked}
+        decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+        self.byte_level = "ByteLevel" in str(decoder)
         self.alone = cache(self._alone)
         self._bytes_of = cache(self._read_bytes)
 
@@ -33,11 +35,8 @@ class Pieces:
 
         None if these tokens do not spell that text: the tokenizer is another model's.
         """
-        for way in (self._by_bytes, self._by_prefix):
-            pieces = way(token_ids)
-            if "".join(piece.text for piece in pieces) == text:
-                return pieces
-        return None
+        pieces = self._by_bytes(token_ids) if self.byte_level else self._by_prefix(token_ids)
+        return pieces if "".join(piece.text for piece in pieces) == text else None
 
     def _alone(self, token_id: int) -> Piece:
         """The piece of a token that neither ends nor begins in the middle of a character."""
