@@ -19,7 +19,7 @@ from tag.boxes import clip_to_canvas
 from tag.data.batching import Prompt
 from tag.data.records import Record
 from tag.dist import Dist
-from tag.grpo import group_advantages, grpo_loss, loss_normaliser
+from tag.grpo import LossTerms, group_advantages, grpo_loss, loss_normaliser
 from tag.labels import CLASSES
 from tag.record import completion_entry, completion_tensors, face_entry, save_record
 from tag.rewards import Rewards, audit, reward_means, score_completion
@@ -113,23 +113,31 @@ class FakeRun:
         stats = clock.new_update()
         new = tensors["logprobs"] if updates > 1 else tensors["old_logprobs"]
         ref = tensors["old_logprobs"] if self.args["kl_reference"] == "old" else tensors.get("ref_logprobs")
-        terms = grpo_loss(
-            new,
-            tensors["old_logprobs"],
-            advantages,
-            mask,
-            ref_logprobs=ref,
-            **{k: self.args[k] for k in ("clip_eps", "clip_eps_high", "beta", "kl_estimator")},
-            **{k: self.args[k] for k in ("loss_average", "ratio_level")},
-            normaliser=loss_normaliser(mask, self.args["loss_average"], self.args["max_new_tokens"]),
-        )
-        stats.add(terms, mask, new, tensors["entropy"])
+        settings = ("clip_eps", "clip_eps_high", "beta", "kl_estimator", "loss_average", "ratio_level")
+
+        def loss(rows: Tensor) -> LossTerms:
+            return grpo_loss(
+                new,
+                tensors["old_logprobs"],
+                advantages,
+                rows,
+                ref_logprobs=ref,
+                **{k: self.args[k] for k in settings},
+                normaliser=loss_normaliser(mask, self.args["loss_average"], self.args["max_new_tokens"]),
+            )
+
+        stats.add(loss(mask), mask, new, tensors["entropy"])
+        noted = stats.sums
+        if self.world > 1:  # the main process notes the share of its own faces, which come first
+            mine = mask.clone()
+            mine[-(-self.faces // self.world) * self.group_size :] = False
+            noted = {"loss": float(loss(mine).loss)}
         grad_norm = 0.4 + 0.5 * random.Random(step).random()
         if step % self.record_every == 0 or step in self.complaints:
             save_record(
                 self.out,
                 self.card
-                | {"step": step, "complaints": self.complaints.get(step, []), "loss": stats.sums}
+                | {"step": step, "complaints": self.complaints.get(step, []), "loss": noted}
                 | {"grad_norm": grad_norm},
                 [face_entry(face, self.data / face.image) for face in faces],
                 [completion_entry(r, w) for r, w in zip(rollouts, rewards)],

@@ -273,6 +273,12 @@ def test_plan_rows_by_hand():
     assert plan_rows([], 10) == []
 
 
+def test_rows_of_like_length_share_a_micro_batch():
+    groups = [Group(toy_prompt(3), 0, [[1] * length], [n]) for n, length in enumerate((2, 17, 2, 17))]
+    plan = plan_micro_batches(groups, 40, pack=False)
+    assert [[row[0].num_tokens for row in rows] for rows in plan] == [[20, 20], [5, 5]]
+
+
 @pytest.mark.parametrize("pack", [True, False])
 def test_micro_batches_hold_every_group_once_and_keep_the_budget(pack):
     rng = random.Random(1)

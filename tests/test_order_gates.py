@@ -219,6 +219,7 @@ def test_gates_look_at_every_real_token_and_at_no_padding(check):
             wrong = right.clone()
             wrong[n, t] = value
             assert check(wrong, MASK), (n, t, value)
+    assert check(right + torch.tensor([[1e-3, -1e-3, 0], [0, 0, 0]]), MASK)  # though right on average
     assert check(right * 7, torch.zeros(2, 3)) is None  # a rank without tokens has nothing to say
 
 

@@ -212,6 +212,16 @@ def test_a_record_that_was_tampered_with_is_told(folder, tmp_path, capsys):
     assert "NOT the step that the run made" in capsys.readouterr().out
 
 
+def test_rewards_that_the_texts_do_not_earn_are_told(folder, tmp_path, capsys):
+    copy = tmp_path / "step-000001"
+    shutil.copytree(folder, copy)
+    card = json.loads((copy / "record.json").read_text())
+    card["completions"][0]["text"] = "something else"
+    (copy / "record.json").write_text(json.dumps(card))
+    assert call(replay_step, copy) == 1
+    assert "do not earn the recorded rewards" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- without the state
 
 
@@ -579,6 +589,11 @@ def test_what_is_kept_of_a_run_may_change_when_it_is_resumed(tmp_path):
 
 
 # ---------------------------------------------------------------- tripped gates
+
+
+def test_a_temperature_in_sampling_alone_is_stopped(make_run):
+    with pytest.raises(GateError, match=r"gate at step 0: sampled and re-scored log-probs differ.*temperature"):
+        make_run("--temperature", "0.8", "--record-every", "0")
 
 
 def test_a_step_that_a_gate_stopped_can_be_replayed(make_run, monkeypatch, tmp_path_factory, capsys):

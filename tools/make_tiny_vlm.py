@@ -4,8 +4,9 @@
     python tools/make_tiny_vlm.py --out my-tiny-vlm              # about half an hour on 2 CPU cores
     python tools/make_tiny_vlm.py --out random --random          # tokenizer and random weights only, seconds
 
-Three stages: the tokenizer; the vision tower through throw-away heads (tag/tiny/tower.py); the language model on top,
-with free-form questions about faces (tag/tiny/language.py). It never sees the TAG prompt or trace format.
+Stages: the tokenizer; (1) the vision tower through throw-away heads (tag/tiny/tower.py); (2) the language model on top,
+with free-form questions about faces (tag/tiny/language.py); (3) the same with exercises in repeating words and writing
+tags, which make every token familiar, as to any real base model. It never sees the TAG prompt or trace format.
 """
 
 import argparse
@@ -23,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from transformers import Qwen2_5_VLForConditionalGeneration  # noqa: E402
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration  # noqa: E402
 
 from tag.tiny.card import write_card  # noqa: E402
 from tag.tiny.checkpoint import build_config, build_model, build_tokenizer, make_random, save_checkpoint  # noqa: E402
@@ -63,8 +64,13 @@ def main(argv: list[str] | None = None) -> int:
     clock = {"faces": time.time() - begun} if drawn else {}
     log(f"{len(faces)} faces")
 
+    if args.start:
+        tokenizer = AutoTokenizer.from_pretrained(args.start)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
     done = work and work / f"tower-{args.faces}-{args.steps_vision}-{args.seed}.pt"
-    if done and done.is_file():
+    if args.start:
+        log(f"stages 1 and 2 taken from {args.start}")
+    elif done and done.is_file():
         kept = torch.load(done)
         model.load_state_dict(kept["model"])
         clock["vision"] = kept["seconds"]
@@ -76,9 +82,15 @@ def main(argv: list[str] | None = None) -> int:
         if done:
             torch.save({"model": model.state_dict(), "seconds": clock["vision"]}, done)
 
+    common = (args.seed, args.compile, log)
+    if not args.start:
+        begun = time.time()
+        train_language(model, packer, faces, held_out, args.steps_language, *common)
+        clock["language"] = time.time() - begun
+        save_checkpoint(out, model, tokenizer)
     begun = time.time()
-    train_language(model, packer, faces, held_out, args.steps_language, args.seed, args.compile, log)
-    clock["language"] = time.time() - begun
+    train_language(model, packer, faces, held_out, args.steps_markup, *common, num_boxes=2, num_markup=3, lr=1.5e-3)
+    clock["markup"] = time.time() - begun
 
     results = {"fp32": evaluate(model, packer, held_out)}
     log(f"held out, fp32 weights: {results['fp32']}")
@@ -90,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         out,
         {
             "command": command(args),
-            "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "work")},
+            "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "work", "start")},
             "seconds": {k: round(v) for k, v in clock.items()},
             "held_out": results,
             "versions": {
@@ -110,7 +122,7 @@ def command(args: argparse.Namespace) -> str:
     """The command line that gives the same checkpoint, without the folders of this machine."""
     text = (
         f"python tools/make_tiny_vlm.py --out DIR --faces {args.faces} --steps-vision {args.steps_vision} "
-        f"--steps-language {args.steps_language} --seed {args.seed} --threads {args.threads}"
+        f"--steps-language {args.steps_language} --steps-markup {args.steps_markup} --seed {args.seed} --threads {args.threads}"
     )
     return text + (" --compile" if args.compile else "")
 
@@ -122,6 +134,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--steps-vision", type=int, default=1000, help="updates of stage 1 (default %(default)s)")
     p.add_argument("--steps-language", type=int, default=900, help="updates of stage 2 (default %(default)s)")
     p.add_argument("--faces", type=int, default=12000, help="training faces, 150 kB each (default %(default)s)")
+    p.add_argument("--steps-markup", type=int, default=400, help="updates of stage 3 (default %(default)s)")
+    p.add_argument("--start", help="checkpoint to take stages 1 and 2 from; only stage 3 runs")
     p.add_argument("--work", help="folder to keep the faces and the trained tower in, for further runs")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=2, help="torch threads (default %(default)s)")

@@ -124,10 +124,13 @@ def needed_references(*knobs: Knobs) -> tuple[str, ...]:
 # ---- comparison with what the run wrote ---------------------------------------------------------------------------
 
 
+EQUAL = "equal, bit for bit"
+
+
 def largest(found: Tensor, expected: Tensor) -> str:
     """How far two tensors are apart, in words. NaN (an absent R_AU) equals NaN."""
     if torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.nan_to_num(), expected.nan_to_num()):
-        return "equal, bit for bit"
+        return EQUAL
     return f"largest difference {float((found - expected).abs().max()):.2e}"
 
 
@@ -138,7 +141,8 @@ def compare_with_run(record: StepRecord, found: Outcome, scores: Scores, model: 
     rewards = rescore(record, found.knobs)
     absent = math.nan
     parts = torch.tensor([[r.fmt, r.ans, absent if r.au is None else r.au, r.total] for r in rewards])
-    print(f"{'rewards, from the texts':28} {largest(parts, tensors['rewards'])}")
+    rewarded = largest(parts, tensors["rewards"])
+    print(f"{'rewards, from the texts':28} {rewarded}")
     print(f"{'advantages':28} {largest(found.advantages, tensors['advantages'])}")
     print(f"{'ratio':28} {largest(found.terms.ratio[mask], tensors['ratio'][mask])}")
     if found.terms.kl is not None and "kl" in tensors:
@@ -147,7 +151,7 @@ def compare_with_run(record: StepRecord, found: Outcome, scores: Scores, model: 
         recorded = recorded_scores(record)
         print(f"{'log-probs, policy':28} {largest(scores.policy[mask], recorded.policy[mask])}")
         print(f"{'log-probs, pi_old':28} {largest(scores.old[mask], recorded.old[mask])}")
-        for name in set(scores.references) & set(recorded.references):
+        for name in sorted(set(scores.references) & set(recorded.references)):
             known = recorded.references[name]
             print(f"{'log-probs, ' + name:28} {largest(scores.references[name][mask], known[mask])}")
     print(f"\n{'':28} {'recorded':>16} {'replayed':>16} {'difference':>12}")
@@ -164,8 +168,11 @@ def compare_with_run(record: StepRecord, found: Outcome, scores: Scores, model: 
         print(f"{'norm of d loss / d log-prob':28} {'':16} {found.grad_norm:16.9g}")
     else:
         verdicts.append(row("grad_norm", theirs["grad_norm"], found.grad_norm, dtype))
-    what = "loss" if model is None else "loss and gradient norm"
+    what = " and ".join(["loss"] * complete + ["gradient norm"] * (model is not None))
     good = all(verdicts)
+    if rewarded != EQUAL:
+        print("\nthe texts do not earn the recorded rewards: other reward code, or an edited record")
+        good = False
     exact = good and all(v == "bit for bit" for v in verdicts)
     if not verdicts:
         print("\nthe record holds the loss of one of its ranks only: nothing to compare")
@@ -173,7 +180,7 @@ def compare_with_run(record: StepRecord, found: Outcome, scores: Scores, model: 
         print(f"\nthe step that the run made: {what} equal bit for bit")
     elif good:
         print(f"\nthe step that the run made: {what} equal {next(v for v in verdicts if v != 'bit for bit')}")
-    else:
+    elif not all(verdicts):
         print(f"\nNOT the step that the run made: {what} differ by more than rounding")
     return good
 

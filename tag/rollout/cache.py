@@ -34,7 +34,7 @@ class CacheView:
     to_rows: Tensor  # (R * K,) the way back
 
     def begin_step(self, count: Tensor) -> None:
-        """Each row's next token is number `count`, and sees the prompt and the tokens up to itself; count (R,) int64."""
+        """Each row's next token has index `count` (R,) int64; it sees the prompt and the tokens up to itself."""
         R, K, columns = len(count), self.own.shape[2], self.own.shape[4]
         hidden = torch.arange(columns, device=count.device) > count[:, None] + 1  # (R, 1 + T)
         mask = torch.zeros(R, columns, device=count.device).masked_fill_(hidden, float("-inf"))

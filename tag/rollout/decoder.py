@@ -102,19 +102,24 @@ class TextDecoder:
         Takes the whole iterator whatever happens: gathering a sharded tensor is a collective, and a rank that stopped
         early would leave the others waiting. Raises ValueError afterwards if a tensor was unknown or missing.
         """
-        unknown, missing = [], set(self._places)
+        unknown, missing, tied = [], set(self._places), True
         for name, tensor in named_tensors:
             place = self._places.get(name)
             if place is None or place.numel() != tensor.numel():
                 unknown.append(f"{name} {tuple(tensor.shape)}")
                 continue
-            place.copy_(tensor.detach().view(place.shape))
             missing.discard(name)
+            if name == "lm_head.weight" and place is self.embed:  # comes after the embedding: one buffer for both
+                tied = torch.equal(place, tensor.detach().to(place))
+            else:
+                place.copy_(tensor.detach().view(place.shape))
         if unknown or missing:
             raise ValueError(
                 f"weights do not fit the rollout decoder: {len(unknown)} unknown or of another size {unknown[:3]}, "
                 f"{len(missing)} missing {sorted(missing)[:3]}"
             )
+        if not tied:
+            raise ValueError("the configuration ties lm_head to embed_tokens, but their weights differ")
 
     @property
     def weight_bytes(self) -> int:

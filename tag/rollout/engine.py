@@ -11,6 +11,7 @@ without effect. Random numbers belong to (seed, token index), never to the batch
 Shapes:  R rows;  S prompt slots;  P prompt length;  V vocabulary.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -109,7 +110,7 @@ class RolloutEngine:
         """
         if not self.refreshed:
             raise RuntimeError("the rollout engine holds no weights yet: call refresh(adapter) before generate")
-        limit = max_new_tokens or self.max_new_tokens
+        limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         sampling = Sampling(temperature, top_p, max_boxes)
         seeds = check_request(prompts, group_size, seeds, limit, self.vlm.text_config.max_position_embeddings)
         if not prompts:
@@ -150,6 +151,9 @@ class RolloutEngine:
             active = rows.active.tolist()
             finished = [r for r, n in enumerate(schedule.owner) if n is not None and not active[r]]
             for row, (token_ids, logprobs) in zip(finished, self.rows.take(finished)):
+                if not math.isfinite(sum(logprobs)):
+                    self.cache = None  # whatever is NaN in it must not outlive this call
+                    raise FloatingPointError("a sampled token has no finite log-prob: NaN in weights or image features")
                 n = schedule.finish(row)
                 reason = "stop" if token_ids[-1] == self.vlm.eos_id else "length"
                 text = self.vlm.tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -12,7 +12,9 @@ import numpy as np
 
 from tag.au.facs import AU_TEXT
 from tag.labels import CLASSES
+from tag.tiny.words import TAG_NAMES, vocabulary
 
+WORDS = vocabulary()
 ACTIVE = 0.35  # intensity at which an action unit counts as visible
 
 EXPRESSION_QUESTIONS = (
@@ -107,6 +109,36 @@ def ask_sign(rng: random.Random, name: str) -> Question:
     return Question("words", f"Which action unit is the {AU_TEXT[name][0]}?", f"{name}.")
 
 
+def ask_markup(rng: random.Random, active: list[str]) -> Question:
+    """Text skills that every real base model has: to repeat a passage, and to set passages in named tags.
+
+    Tag names are any words of the vocabulary of faces and forms, so no layout is more likely than another: what is
+    learnt is what tags are, and every token, not the task's format.
+    """
+    passages = [_passage(rng, active) for _ in range(rng.randint(1, 2))]
+    if rng.random() < 0.4:
+        return Question("repeat", f"Repeat: {passages[0]}", passages[0])
+    tags = [rng.choice(TAG_NAMES) for _ in passages]
+    layout = rng.choice(("{0}", "{0}{1}", "{0} {1}", "{1} {0}")) if len(passages) > 1 else "{0}"
+    marked = [f"<{tag}>{passage}</{tag}>" for tag, passage in zip(tags, passages)]
+    asked = " and ".join(f"in {tag}: {passage}" for tag, passage in zip(tags, passages))
+    return Question("markup", f"Write {asked}", layout.format(*marked))
+
+
+def _passage(rng: random.Random, active: list[str]) -> str:
+    """A few words, numbers and marks, in no order that means anything."""
+    kind = rng.random()
+    if kind < 0.3:
+        return format_coordinates(np.array([rng.randint(0, 511) for _ in range(4)]))
+    if kind < 0.6:
+        name = rng.choice(active or list(AU_TEXT))
+        return rng.choice(("{sign} ({name})", "{name}, {sign}", "{sign}. {name}")).format(
+            name=name, sign=_sign(rng, name).capitalize() if rng.random() < 0.5 else _sign(rng, name)
+        )
+    words = [rng.choice(WORDS) for _ in range(rng.randint(2, 7))]
+    return " ".join(words) + rng.choice(("", ".", "!", "?", ";"))
+
+
 def _sign(rng: random.Random, name: str) -> str:
     return rng.choice(AU_TEXT[name][1])
 
@@ -118,6 +150,7 @@ def conversation(
     intensities: np.ndarray,
     boxes: np.ndarray,
     num_boxes: int = 4,
+    num_markup: int = 0,
 ) -> list[Question]:
     """The questions put to one face, in random order."""
     active = active_aus(names, intensities)
@@ -129,6 +162,7 @@ def conversation(
     asked.append(
         ask_description(rng, active, CLASSES[label]) if rng.random() < 0.7 else ask_sign(rng, rng.choice(names))
     )
+    asked += [ask_markup(rng, active) for _ in range(num_markup)]
     rng.shuffle(asked)
     return asked
 

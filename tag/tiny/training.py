@@ -145,30 +145,41 @@ def tower_features(model: nn.Module, faces: Faces, chunk: int = 50) -> Tensor:
 
 
 def train_language(
-    model: nn.Module, packer: Packer, faces: Faces, held_out: Faces, steps: int, seed: int, compiled: bool, log: Log
+    model: nn.Module,
+    packer: Packer,
+    faces: Faces,
+    held_out: Faces,
+    steps: int,
+    seed: int,
+    compiled: bool,
+    log: Log,
+    num_boxes: int = 4,
+    num_markup: int = 0,
+    lr: float = 3e-3,
 ) -> None:
-    """Stage 2: the language model on frozen visual features."""
+    """Stage 2 (and with markup exercises 3): the language model on frozen visual features."""
     started = time.time()
     features = tower_features(model, faces)
     torch.manual_seed(seed)
-    log(f"language: features of {len(faces)} faces in {time.time() - started:.0f} s")
+    name = "markup" if num_markup else "language"
+    log(f"{name}: features of {len(faces)} faces in {time.time() - started:.0f} s")
     text = model.model.language_model
     matrices = [p for n, p in text.layers.named_parameters() if p.ndim == 2]
     others = [p for n, p in text.named_parameters() if p.ndim != 2] + [text.embed_tokens.weight]
-    optimizer = Optimizer(matrices, others, lr=3e-3, steps=steps)
+    optimizer = Optimizer(matrices, others, lr=lr, steps=steps)
     forward = torch.compile(decoder) if compiled else decoder
     rng = random.Random(seed)
     arrays = [a.numpy() for a in (faces.labels, faces.intensities, faces.boxes)]
-    meter = _Meter(log, "language", steps)
+    meter = _Meter(log, name, steps)
     for index in meter.loop(_batches(len(faces), LANGUAGE_BATCH, steps, seed + 1)):
-        rows = [conversation(rng, AUS, *(a[i] for a in arrays)) for i in index.tolist()]
+        rows = [conversation(rng, AUS, *(a[i] for a in arrays), num_boxes, num_markup) for i in index.tolist()]
         batch = packer.batch(rows, LANGUAGE_WIDTH)
         with torch.autocast("cpu", torch.bfloat16):
             loss = language_loss(model, features[index], batch, forward)
         optimizer.step(loss)
         meter.add({"loss": loss.item()})
         if (meter.done % 200) == 0 and meter.done < steps:
-            log(f"language {meter.done}: {evaluate(model, packer, held_out, 60, seed)}")
+            log(f"{name} {meter.done}: {evaluate(model, packer, held_out, 60, seed)}")
 
 
 @torch.no_grad()
