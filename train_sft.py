@@ -44,15 +44,15 @@ PRESETS = {
     "tiny": dict(
         model="tiny",
         dtype="float32",
-        lora_rank=16,
-        lora_alpha=32,
+        lora_rank=64,
+        lora_alpha=128,
         lora_dropout=0.0,
-        lr=2e-3,
-        epochs=4,
-        batch_size=32,
+        lr=5e-3,
+        epochs=2,
+        batch_size=16,
         micro_tokens=2048,
         eval_faces=128,
-        eval_every=50,
+        eval_every=100,
         max_new_tokens=160,
     )
 }

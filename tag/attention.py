@@ -16,17 +16,30 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+try:  # an extra: used on GPUs in half precision when it is there
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+
 NAME = "tag_blocks"
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass
 class AttentionBlock:
-    """S segments of like kind, padded to common lengths. Indices are flat positions in the batch's (R * L) tokens."""
+    """S segments of like kind. Indices are flat positions in the batch's (R * L) tokens.
+
+    Once padded to common lengths, for PyTorch's kernels, and once end to end, for flash-attn's variable-length one.
+    """
 
     queries: Tensor  # (S, Q) int64, padding points at position 0
     keys: Tensor  # (S, K) int64, padding points at position 0
     mask: Tensor  # (S, 1, Q, K) bool, True where a query sees a key
     valid: Tensor  # (S * Q,) bool, which queries are real
+    flat_queries: Tensor  # (sum of query lengths,) int64
+    flat_keys: Tensor  # (sum of key lengths,) int64
+    query_ends: Tensor  # (S + 1,) int32, 0 and where each segment's queries end in flat_queries
+    key_ends: Tensor  # (S + 1,) int32, the same for flat_keys
 
     def to(self, device: torch.device | str) -> "AttentionBlock":
         """The same block on `device`."""
@@ -35,19 +48,20 @@ class AttentionBlock:
 
 def make_block(segments: list[tuple[Tensor, Tensor]]) -> AttentionBlock:
     """Block of (prefix positions, own positions) pairs: all of the prefix is seen, one's own tokens causally."""
-    S = len(segments)
-    Q = max(len(own) for _, own in segments)
-    K = max(len(prefix) + len(own) for prefix, own in segments)
+    owns = [own for _, own in segments]
+    seen = [torch.cat(pair) for pair in segments]
+    S, Q, K = len(segments), max(map(len, owns)), max(map(len, seen))
     queries, keys = torch.zeros(S, Q, dtype=torch.long), torch.zeros(S, K, dtype=torch.long)
     mask, valid = torch.zeros(S, Q, K, dtype=torch.bool), torch.zeros(S, Q, dtype=torch.bool)
     for s, (prefix, own) in enumerate(segments):
         p, t = len(prefix), len(own)
         queries[s, :t], valid[s, :t] = own, True
-        keys[s, : p + t] = torch.cat([prefix, own])
+        keys[s, : p + t] = seen[s]
         mask[s, :t, :p] = True
         mask[s, :t, p : p + t] = torch.ones(t, t, dtype=torch.bool).tril()
         mask[s, t:, 0] = True  # padded queries see something, or some kernels give NaN; their result is dropped
-    return AttentionBlock(queries, keys, mask[:, None], valid.flatten())
+    ends = [torch.tensor([0, *map(len, parts)]).cumsum(0).int() for parts in (owns, seen)]
+    return AttentionBlock(queries, keys, mask[:, None], valid.flatten(), torch.cat(owns), torch.cat(seen), *ends)
 
 
 def block_attention(
@@ -64,17 +78,37 @@ def block_attention(
     if blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     R, heads, L, D = query.shape
-    repeat = heads // key.shape[1]
     q, k, v = (x.transpose(1, 2).reshape(R * L, -1, D) for x in (query, key, value))  # (R * L, heads or kv heads, D)
+    attend = _flash if flash_attn_varlen_func is not None and q.dtype in FLASH_DTYPES and q.is_cuda else _padded
     out = torch.zeros_like(q)  # padding stays 0
     for block in blocks:
-        S, Q = block.queries.shape
-        qb = q[block.queries].transpose(1, 2)  # (S, heads, Q, D)
-        kb, vb = (x[block.keys].transpose(1, 2).repeat_interleave(repeat, dim=1) for x in (k, v))  # (S, heads, K, D)
-        ob = F.scaled_dot_product_attention(qb, kb, vb, attn_mask=block.mask, scale=scaling)  # (S, heads, Q, D)
-        ob = ob.transpose(1, 2).reshape(S * Q, heads, D)
-        out = out.index_put((block.queries.flatten()[block.valid],), ob[block.valid])
+        out = out.index_put((block.flat_queries,), attend(block, q, k, v, scaling))
     return out.view(R, L, heads, D), None
+
+
+def _padded(block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
+    """PyTorch's own kernels on padded segments. q (R * L, heads, D); returns (sum of query lengths, heads, D)."""
+    (S, Q), repeat = block.queries.shape, q.shape[1] // k.shape[1]
+    qb = q[block.queries].transpose(1, 2)  # (S, heads, Q, D)
+    kb, vb = (x[block.keys].transpose(1, 2).repeat_interleave(repeat, dim=1) for x in (k, v))  # (S, heads, K, D)
+    ob = F.scaled_dot_product_attention(qb, kb, vb, attn_mask=block.mask, scale=scaling)  # (S, heads, Q, D)
+    return ob.transpose(1, 2).reshape(S * Q, *q.shape[1:])[block.valid]
+
+
+def _flash(block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
+    """flash-attn on segments end to end. Its causal mask is aligned at the end, so what a segment has more keys than
+    queries (the prefix) is seen by all of them."""
+    return flash_attn_varlen_func(
+        q[block.flat_queries],
+        k[block.flat_keys],
+        v[block.flat_keys],
+        block.query_ends,
+        block.key_ends,
+        block.queries.shape[1],
+        block.keys.shape[1],
+        softmax_scale=scaling,
+        causal=True,
+    )
 
 
 AttentionInterface.register(NAME, block_attention)

@@ -84,10 +84,9 @@ def save_checkpoint(
         (partial / CARD).write_text(text + "\n")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        # Later ones can only be damaged ones that this run resumed before: counted in, they would push sound ones out.
-        older = [f for f in sorted(folder.glob("step-??????")) if f.name <= final.name]
-        later = [f for f in folder.glob("step-??????") if f.name > final.name]
-        for old in older[: -max(keep, 1)] + later:
+        # Later ones can only be damaged ones, passed over when this run was resumed: they must not push sound ones out.
+        so_far = [f for f in sorted(folder.glob("step-??????")) if f.name <= final.name]
+        for old in so_far[: -max(keep, 1)]:
             shutil.rmtree(old)
     here.barrier()
 

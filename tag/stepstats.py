@@ -27,6 +27,11 @@ class UpdateStats:
         """(N, T), 0 on padding; None without a reference."""
         return self.tensors.get("kl")
 
+    def totals(self, here: Dist) -> dict[str, float]:
+        """The sums over all ranks; a collective."""
+        names = sorted(self.sums)
+        return dict(zip(names, here.sum(torch.tensor([self.sums[n] for n in names], dtype=torch.float64)).tolist()))
+
     def add(self, terms: LossTerms, mask: Tensor, logprobs: Tensor, entropy: Tensor) -> None:
         """Add one micro-batch: its loss terms, its completion mask, log-probs and entropies, all (N, T)."""
         keep = mask.bool()

@@ -115,9 +115,10 @@ def test_a_checkpoint_before_the_first_step(tmp_path):
     save_checkpoint(tmp_path, 0, params, optimizer, {}, ALONE)
     again, its_optimizer = toy_run()
     assert load_checkpoint(tmp_path, again, its_optimizer, ALONE)["step"] == 0
-    train(params, optimizer, [0, 1])
-    train(again, its_optimizer, [0, 1])
-    assert_equal(state_of(again, its_optimizer), state_of(params, optimizer))
+    never_saved, plain_optimizer = toy_run()
+    for run in ((params, optimizer), (again, its_optimizer), (never_saved, plain_optimizer)):
+        train(*run, [0, 1])
+        assert_equal(state_of(*run), state_of(params, optimizer))
 
 
 def test_no_checkpoint(tmp_path):

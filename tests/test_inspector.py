@@ -4,6 +4,7 @@ pytest tests/test_inspector.py
 python tests/fake_run.py OUT && python tools/inspect_rollouts.py OUT/tag      # a made-up run, to look at
 """
 
+import base64
 import importlib.util
 import json
 import random
@@ -41,6 +42,12 @@ HOSTILE = {
     (2, 0, 1): "</script><script>window.hacked = 2</script><img src=x onerror='window.hacked = 3'>",
     (2, 0, 2): "bidi \u202e txet \u2066 zero\u200bwidth \x00\x07 世界 🙂 é <!-- ]]> --!> &lt; &#60; \"'",
     (2, 0, 3): "</style></title></textarea><plaintext>\n\n  two\tspaces \r\n{title} %s ${x} \\u003c",
+}
+
+BENIGN_TAGS = {
+    *"html head meta title style body script noscript div header main section details summary".split(),
+    *"output select label".split(),
+    *"h1 h2 h3 p b button input ul li dl dt dd kbd".split(),
 }
 
 
@@ -236,9 +243,7 @@ def test_hostile_text_is_data_or_text_and_nothing_else(fake, page):
     scripts = [attrs for tag, attrs in tree.tags if tag == "script"]
     assert [a for a in scripts if a.get("type") != "application/json"] == [{}]
     assert len(scripts) == 1 + 1 + 3  # the script, the run, three steps
-    assert [tag for tag, _ in tree.tags].count("style") == 1 and not {"img", "b", "plaintext"} & {
-        t for t, _ in tree.tags[:-9]
-    } - {"b"}
+    assert [tag for tag, _ in tree.tags].count("style") == 1 and {tag for tag, _ in tree.tags} <= BENIGN_TAGS
     assert not [name for _, attrs in tree.tags for name in attrs if name.startswith("on")]
     assert "</script><b>; likely causes" in "".join(tree.text)  # the gate's complaint, as text
     raw = page.read_text(encoding="utf-8")
@@ -275,8 +280,6 @@ def test_numbers_survive_as_recorded(fake, page):
 
 
 def unpack(text: str) -> torch.Tensor:
-    import base64
-
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32)
 
 
@@ -452,7 +455,8 @@ def test_slider_colours_tokens_boxes_and_keys_in_a_browser(fake, page, tmp_path)
         entry = record.meta["completions"][n]["boxes"][0]
         browser.hover(f'.tok.inbox[data-c="{n % 4}"][data-box="0"]')
         drawn = value(
-            "[...document.querySelectorAll('#face .pred.on .line')].map((e) => ['x', 'y', 'width', 'height'].map((k) => +e.getAttribute(k)))"
+            "[...document.querySelectorAll('#face .pred.on .line')]"
+            ".map((e) => ['x', 'y', 'width', 'height'].map((k) => +e.getAttribute(k)))"
         )
         x1, y1, x2, y2 = entry["box"]
         assert drawn == [[x1, y1, x2 - x1, y2 - y1]]

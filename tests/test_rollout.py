@@ -17,12 +17,10 @@ import tag.rollout.engine
 from tag.lora import lora_layers, set_adapter
 from tag.rollout import BoxLimit, Prompt, Rollout, RolloutEngine
 from tag.rollout.box_limit import OPENING, token_pieces
-from tag.rollout.hf import generate_hf, left_padded
+from tag.rollout.hf import left_padded
 from tag.rollout.sampling import sample, top_p_probs, uniforms
 from tag.rollout.schedule import Schedule, slots_needed
 from tag.vlm import VLM, mrope_positions
-
-COMMON = 1147  # <|im_end|>; the random model hardly ever says it, so tests pick another end token, see `ending`
 
 
 def random_prompts(vlm: VLM, count: int, seed: int = 0, longest: int = 40) -> list[Prompt]:
@@ -49,12 +47,15 @@ def make_engine(vlm: VLM, max_rows: int = 64, max_new_tokens: int = 24, **option
 
 @pytest.fixture(scope="module")
 def vlm() -> VLM:
-    """A random model with a random adapter and an end token that it says now and then. Shared: do not change it."""
+    """A random model with a random adapter that ends now and then, everywhere. Shared: do not change it."""
     vlm = add_random_lora(make_vlm())
     set_adapter(vlm.hf_model, "policy")
-    said = [t for r in make_engine(vlm).generate(random_prompts(vlm, 8), 8, seeds=range(64)) for t in r.token_ids]
-    counts = torch.bincount(torch.tensor(said))
-    vlm.eos_id = int((counts - len(said) / 30).abs().argmin())  # about one token in thirty
+    # Fit the end token's output row: about one token in fifteen, whatever came before.
+    with torch.no_grad():
+        inputs = left_padded(vlm, random_prompts(vlm, 16, seed=9))
+        hidden = vlm.hf_model.model.language_model(**inputs).last_hidden_state[inputs["attention_mask"].bool()]
+        wanted = vlm.hf_model.lm_head(hidden).logsumexp(-1) - np.log(15)  # (tokens,)
+        vlm.hf_model.lm_head.weight[vlm.eos_id] = torch.linalg.lstsq(hidden, wanted[:, None]).solution[:, 0]
     return vlm
 
 
@@ -97,7 +98,7 @@ def test_greedy_is_hugging_faces_greedy(vlm, prompts):
     found = make_engine(vlm).generate(prompts, 1, temperature=0.0)
     config = GenerationConfig(do_sample=False, max_new_tokens=24, eos_token_id=vlm.eos_id, pad_token_id=vlm.eos_id)
     expected = vlm.hf_model.generate(**left_padded(vlm, prompts), generation_config=config).tolist()
-    assert len(found) == 32 and len({tuple(r.token_ids) for r in found}) == 32
+    assert len(found) == 32 and len({tuple(r.token_ids) for r in found}) >= 16
     for rollout, tokens in zip(found, expected):
         end = tokens.index(vlm.eos_id) + 1 if vlm.eos_id in tokens else 24
         assert rollout.token_ids == tokens[:end]
@@ -271,7 +272,7 @@ def test_first_tokens_follow_the_softmax(vlm, prompts):
     expected = N * hf_logits(vlm, prompts[1], [0]).softmax(-1)[0]  # (V,)
     counts = torch.bincount(torch.tensor([r.token_ids[0] for r in found]), minlength=len(expected))
     often = expected >= 5
-    assert int(often.sum()) > 20
+    assert int(often.sum()) > 10
     pairs = [*zip(counts[often], expected[often]), (counts[~often].sum(), expected[~often].sum())]
     chi_square = sum(float((c - e) ** 2 / e) for c, e in pairs)
     freedom = len(pairs) - 1
@@ -369,7 +370,7 @@ def test_box_mask_forbids_exactly_what_would_open_one_too_many(max_boxes):
 
 def test_boxes_are_never_exceeded_by_a_model_that_loves_them(vlm, prompts, monkeypatch):
     pieces = token_pieces(vlm.tokenizer, vlm.text_config.vocab_size)
-    loved = torch.tensor([any(part in piece for part in ("<", "bbox", ">")) for piece in pieces])
+    loved = torch.tensor([piece in ("<", "Ġ<", "bbox", ">", "><", ">[") for piece in pieces])
     bias = torch.where(loved, 0.0, -30.0)
     monkeypatch.setattr(tag.rollout.engine, "sample", lambda logits, *rest: sample(0.1 * logits + bias, *rest))
     engine = make_engine(vlm, max_new_tokens=100)
@@ -387,7 +388,7 @@ def test_boxes_are_never_exceeded_by_a_model_that_loves_them(vlm, prompts, monke
         logits = 0.1 * hf_logits(vlm, prompts[r.prompt_index], r.token_ids) + bias
         logprobs = logits.masked_fill(forbidden, -torch.inf).log_softmax(-1)[range(len(logits)), r.token_ids]
         torch.testing.assert_close(r.logprobs, logprobs, rtol=0, atol=1e-4)
-    assert hit > 10
+    assert hit > 5
 
 
 # ---- weights ----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from replay_step import add_model_flags, find_record, rebuilt_model
 
 from tag import dist
-from tag.args import Parser, check, run
+from tag.args import RUNTIME_FLAGS, Parser, check, run
 from tag.checkpoint import run_card
 from tag.errors import DataError
 from tag.files import replacing
@@ -100,7 +100,8 @@ def policy_and_references(
         later = load_record(find_record(args.policy_from))
         if not later.state:
             raise DataError(f"{args.policy_from} has no state.safetensors")
-        if later.meta["args"] != record.meta["args"]:
+        flags = [{k: v for k, v in r.meta["args"].items() if k not in RUNTIME_FLAGS} for r in (record, later)]
+        if flags[0] != flags[1]:
             raise DataError(f"{args.policy_from} is a record of another run")
         model.load(later)
         scores.policy = model.score("policy")
@@ -211,7 +212,7 @@ def as_text(found: dict) -> str:
 
 def as_markdown(found: dict) -> str:
     """The table in Markdown, with the flags of each row."""
-    lines = [*caption(found), "", "| loss | flags | " + " | ".join(COLUMNS) + " |"]
+    lines = [*caption(found), "", "| variant | flags | " + " | ".join(COLUMNS) + " |"]
     lines.append("|---|---|" + "---:|" * len(COLUMNS))
     for row in found["rows"]:
         flags = " ".join(f"`{flag}={value}`" for flag, value in row.get("flags", {}).items())

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Make the tiny Qwen2.5-VL that the embedded default starts from (tag/assets/tiny-qwen2.5-vl).
 
-    python tools/make_tiny_vlm.py --out my-tiny-vlm              # about half an hour on 2 CPU cores
+    python tools/make_tiny_vlm.py --out my-tiny-vlm              # under an hour on 2 shared CPU cores
     python tools/make_tiny_vlm.py --out random --random          # tokenizer and random weights only, seconds
 
 Stages: the tokenizer; (1) the vision tower through throw-away heads (tag/tiny/tower.py); (2) the language model on top,
@@ -122,7 +122,8 @@ def command(args: argparse.Namespace) -> str:
     """The command line that gives the same checkpoint, without the folders of this machine."""
     text = (
         f"python tools/make_tiny_vlm.py --out DIR --faces {args.faces} --steps-vision {args.steps_vision} "
-        f"--steps-language {args.steps_language} --steps-markup {args.steps_markup} --seed {args.seed} --threads {args.threads}"
+        f"--steps-language {args.steps_language} --steps-markup {args.steps_markup} "
+        f"--seed {args.seed} --threads {args.threads}"
     )
     return text + (" --compile" if args.compile else "")
 
@@ -131,8 +132,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", required=True, help="folder to write the checkpoint to")
-    p.add_argument("--steps-vision", type=int, default=1000, help="updates of stage 1 (default %(default)s)")
-    p.add_argument("--steps-language", type=int, default=900, help="updates of stage 2 (default %(default)s)")
+    p.add_argument("--steps-vision", type=int, default=1800, help="updates of stage 1 (default %(default)s)")
+    p.add_argument("--steps-language", type=int, default=1000, help="updates of stage 2 (default %(default)s)")
     p.add_argument("--faces", type=int, default=12000, help="training faces, 150 kB each (default %(default)s)")
     p.add_argument("--steps-markup", type=int, default=400, help="updates of stage 3 (default %(default)s)")
     p.add_argument("--start", help="checkpoint to take stages 1 and 2 from; only stage 3 runs")

@@ -34,7 +34,7 @@ done
 for run in sft rlvr tag; do
     show "$run: metrics of every step" "$out/seed0/$run/metrics.jsonl"
 done
-show "tag: sampled rollouts, rewards" "$out/seed0/tag/rollouts.jsonl"
+show "tag: recorded steps" "$out/seed0/tag/records"
 show "tag: the adapter (PEFT format)" "$out/seed0/tag/best"
 cat <<TEXT
 

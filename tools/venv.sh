@@ -2,8 +2,8 @@
 # it needs at the versions of constraints.txt if they are not there yet, and sets PY. EXTRAS: "" or "dev".
 #
 # Choose the interpreter that makes .venv with PYTHON=/path/to/python. For a CUDA build of PyTorch, or the small CPU
-# build on Linux, install it first; whichever build of the pinned version is found stays:
-#     python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130
+# build on Linux, install it into .venv first (the selector on pytorch.org gives the command); whichever build of the
+# pinned version is found stays.
 
 fail() {
     echo "error: $*" >&2

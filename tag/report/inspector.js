@@ -233,8 +233,8 @@
     Escape: () => { picked = null; hideTip(); if (stepData()) drawFace(stepData()); },
   };
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("select")) return;
-    const token = event.target.closest(".tok");
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest?.("select")) return;
+    const token = event.target.closest?.(".tok");
     if (token && moveToken(event, token)) event.preventDefault();
     else if (/^[1-9]$/.test(event.key) && stepData()) {
       const c = Number(event.key) - 1;

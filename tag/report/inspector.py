@@ -8,6 +8,7 @@ it is looked at, so the page opens at once however many steps it holds.
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,8 @@ def write_inspector(
         views.append(view)
     views.sort(key=lambda view: view.data["step"])
     run.notes += broken
+    doubts = Counter(note for view in views for note in view.data["notes"])
+    run.notes += [f"{note} ({count} of {len(views)} steps)" for note, count in doubts.items()]
     if faces.missing:
         first = f"{faces.missing[0]}; is --image-root right?"
         run.notes.append(f"{len(faces.missing)} faces are shown without their image, the first: {first}")

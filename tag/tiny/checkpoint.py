@@ -6,6 +6,7 @@ neighbours (`>[`, `]</`) and digits stand alone, as in the real one: code that w
 boundaries.
 """
 
+import copy
 import os
 from pathlib import Path
 
@@ -148,10 +149,12 @@ def build_model(config: Qwen2_5_VLConfig, seed: int = 0) -> Qwen2_5_VLForConditi
 def save_checkpoint(
     folder: str | os.PathLike, model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2TokenizerFast
 ) -> int:
-    """Write a complete Hugging Face folder with bf16 weights; returns its size in bytes. Casts `model` to bf16."""
+    """Write a complete Hugging Face folder with bf16 weights; returns its size in bytes. `model` is left as it is."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16)
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    for part in (model.config.text_config, model.config.vision_config):
+        part.dtype = None  # set when the weights came from another checkpoint; the top level says what is stored
     model.generation_config = GenerationConfig(
         eos_token_id=model.config.text_config.eos_token_id,
         pad_token_id=model.config.text_config.pad_token_id,

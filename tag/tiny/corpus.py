@@ -13,6 +13,7 @@ from tag.synth.writer import write_trace
 from tag.tiny.questions import example_texts
 from tag.tiny.words import COMMON_WORDS
 
+
 def tokenizer_corpus(seed: int = 0, traces: int = 1500) -> Iterator[str]:
     """Prompt, traces, FACS phrases, the base model's own questions and answers, and common English words."""
     rng = random.Random(seed)
