@@ -1,6 +1,6 @@
 """Block attention: the gathered blocks see what the one big mask says, by PyTorch's kernels and by flash-attn's layout.
 
-    python -m pytest -q tests/test_attention.py
+python -m pytest -q tests/test_attention.py
 """
 
 import pytest

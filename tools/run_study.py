@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The whole story on the embedded default: base -> SFT -> GRPO without and with the AU reward, evaluated; Table 2's shape.
+"""The whole story on the embedded default: base -> SFT -> GRPO without and with the AU reward; Table 2's shape.
 
     python tools/run_study.py --profile quick --out runs/quickstart      # one seed, minutes on two cores
     python tools/run_study.py --profile full  --out runs/study           # three seeds, >= 1,000 test faces
