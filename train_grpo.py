@@ -37,6 +37,7 @@ from tag.files import replacing
 from tag.gates import check_mismatch, check_ratio, check_reference, enforce, mismatch, pad_logprobs
 from tag.grpo import KL_ESTIMATORS, LOSS_AVERAGES, RATIO_LEVELS, group_advantages, grpo_loss, loss_normaliser
 from tag.lora import copy_adapter, load_adapter, save_adapter, set_adapter, set_dropout, set_trainable
+from tag.presets import ALGORITHMS, KL_REFERENCES, describe
 from tag.record import completion_entry, completion_tensors, face_entry, save_record, snapshot
 from tag.rewards import AU_KINDS, audit, reward_means, score_completion
 from tag.rollout import RolloutEngine
@@ -45,7 +46,6 @@ from tag.stepstats import StepStats
 from tag.trainable import adamw, print_trainable, train_projector, trained_parameters, warmup_lr
 from tag.vlm import PROJECTOR, load_vlm
 
-KL_REFERENCES = ("sft", "base", "old", "none")
 PRESETS = {
     # The embedded default: the model that ships with the package, float32 on a CPU, minutes.
     "tiny": dict(
@@ -64,7 +64,7 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__, PRESETS)
+    p = Parser(__doc__, PRESETS, algorithm=ALGORITHMS)
     a = p.add_argument_group("data").add_argument
     a("--data", required=True, help="folder with train.jsonl and val.jsonl (TAG records; traces are not read)")
     a("--image-root", help="folder the records' image paths start from (default: the data folder)")
@@ -184,8 +184,8 @@ def train(args, here: dist.Dist) -> None:
             f.write(json.dumps(card, indent=2) + "\n")
     here.print(
         f"{len(records)} faces, {steps} steps of {faces_per_step} faces x {G} completions, {here.world} process(es), "
-        f"sharded: {sharded}\nKL reference: {args.kl_reference} (beta {args.beta}, {args.kl_estimator}); "
-        f"ratio per {args.ratio_level}; AU reward: {args.au_reward}"
+        f"sharded: {sharded}\n{describe(vars(args))}\nKL reference: {args.kl_reference} (beta {args.beta}, "
+        f"{args.kl_estimator}); ratio per {args.ratio_level}; AU reward: {args.au_reward}"
     )
     log = RunLog(out, here.is_main, steps, first_step, f"grpo ({args.au_reward})")
 
@@ -332,7 +332,7 @@ def train(args, here: dist.Dist) -> None:
             "epoch": (step + 1) * faces_per_step / len(records),
             "logprob_mismatch_mean": found.mean,
             "logprob_mismatch_p99": found.p99,
-            "logprob_mismatch_max": found.max,
+            "logprob_mismatch_max": here.max(found.max),
             "completion_tokens": float(here.sum(mask.sum())) / len(everyone),
             "truncated": float(here.sum(float(sum(r.finish_reason == "length" for r in rollouts)))) / len(everyone),
         }

@@ -95,7 +95,7 @@ const Inspector = {};
     logprob: { name: "log-prob", kind: "one", value: (t) => -t.logprob, end: (x) => num(-x),
       note: "of the policy; strong: an unlikely token" },
     entropy: { name: "entropy", kind: "one", value: (t) => t.entropy, end: num,
-      note: "of the distribution the token was drawn from, in nats; strong: undecided" },
+      note: "of the policy where it wrote the token, in nats; strong: undecided" },
     mismatch: { name: "sampled − scored", kind: "two", value: (t) => t.mismatch, end: num,
       note: "log-prob in the rollout engine minus log-prob in the trainer: should be rounding noise" },
     none: { name: "nothing", kind: "none", value: () => 0, end: () => "", note: "plain text" },

@@ -192,7 +192,8 @@
         ...row(`KL (${settings.kl_estimator})`, num(token.kl)),
         ...row("entropy", num(token.entropy)),
         ...row("advantage", signed(token.advantage)),
-        ...row("term of the loss", num(token.term, 3), el("small", {}, ` = ${num(token.policyTerm, 3)} + ${num(token.klTerm, 3)} (KL)`))),
+        ...row("term of the loss", num(token.term)),
+        ...row("  = policy + KL", el("small", {}, `${num(token.policyTerm, 3)} + ${num(token.klTerm, 3)}`))),
     ];
   };
 })();

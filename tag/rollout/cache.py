@@ -62,8 +62,8 @@ class CacheView:
         scores = _scores(q, kv[:, 0], self.own_mask)  # (R * K, G, 1 + T)
         scores[:, :, 0] = lse  # the prompt as one key
         probs = scores.softmax(-1).to(kv.dtype)
-        # The copy lays probs out key-major, with which CPU libraries multiply few rows by many twice as fast.
-        probs = probs.transpose(1, 2).contiguous().transpose(1, 2)
+        if not probs.is_cuda:  # laid out key-major, few queries times many keys are twice as fast on a CPU
+            probs = probs.transpose(1, 2).contiguous().transpose(1, 2)
         return torch.bmm(probs, kv[:, 1]).addcmul_(probs[:, :, :1], output)  # its value; column 0 itself holds zeros
 
 

@@ -51,6 +51,12 @@ class Packer:
         self.prefix_positions = torch.cat([torch.arange(at).expand(3, -1), image, rest.expand(3, -1)], 1)
         self.start = int(rest[-1]) + 1  # rotary position of the first token after the prefix
 
+    def pieces(self) -> list[str]:
+        """The text of every ordinary token that is whole characters."""
+        special = set(self._tokenizer.all_special_ids)
+        texts = [self._tokenizer.decode([i]) for i in range(len(self._tokenizer)) if i not in special]
+        return [t for t in texts if t.isprintable() and "\ufffd" not in t]
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a short text; cached, since questions repeat."""
         if text not in self._cache:

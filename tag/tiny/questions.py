@@ -6,6 +6,7 @@ at parts of the face with bare coordinates.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,14 +110,17 @@ def ask_sign(rng: random.Random, name: str) -> Question:
     return Question("words", f"Which action unit is the {AU_TEXT[name][0]}?", f"{name}.")
 
 
-def ask_markup(rng: random.Random, active: list[str]) -> Question:
+def ask_markup(rng: random.Random, active: list[str], pieces: Sequence[str] = ()) -> Question:
     """Text skills that every real base model has: to repeat a passage, and to set passages in named tags.
 
     Tag names are any words of the vocabulary of faces and forms, so no layout is more likely than another: what is
-    learnt is what tags are, and every token, not the task's format.
+    learnt is what tags are, and every token, not the task's format. With `pieces` (the texts of all tokens) part of
+    the passages to repeat are random tokens: rare ones such as `>fear` or ` Together` get written as often as any.
     """
     passages = [_passage(rng, active) for _ in range(rng.randint(1, 2))]
-    if rng.random() < 0.4:
+    if rng.random() < 0.5:
+        if pieces and rng.random() < 0.7:
+            passages[0] = "".join(rng.choices(pieces, k=rng.randint(6, 14))).strip() or "none"
         return Question("repeat", f"Repeat: {passages[0]}", passages[0])
     tags = [rng.choice(TAG_NAMES) for _ in passages]
     layout = rng.choice(("{0}", "{0}{1}", "{0} {1}", "{1} {0}")) if len(passages) > 1 else "{0}"
@@ -128,6 +132,9 @@ def ask_markup(rng: random.Random, active: list[str]) -> Question:
 def _passage(rng: random.Random, active: list[str]) -> str:
     """A few words, numbers and marks, in no order that means anything."""
     kind = rng.random()
+    if kind < 0.15:  # a word alone: tags merge with the letter that follows them
+        word = rng.choice(WORDS)
+        return word.capitalize() if rng.random() < 0.3 else word
     if kind < 0.3:
         return format_coordinates(np.array([rng.randint(0, 511) for _ in range(4)]))
     if kind < 0.6:
@@ -151,6 +158,7 @@ def conversation(
     boxes: np.ndarray,
     num_boxes: int = 4,
     num_markup: int = 0,
+    pieces: Sequence[str] = (),
 ) -> list[Question]:
     """The questions put to one face, in random order."""
     active = active_aus(names, intensities)
@@ -162,7 +170,7 @@ def conversation(
     asked.append(
         ask_description(rng, active, CLASSES[label]) if rng.random() < 0.7 else ask_sign(rng, rng.choice(names))
     )
-    asked += [ask_markup(rng, active) for _ in range(num_markup)]
+    asked += [ask_markup(rng, active, pieces) for _ in range(num_markup)]
     rng.shuffle(asked)
     return asked
 

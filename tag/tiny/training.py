@@ -170,9 +170,10 @@ def train_language(
     forward = torch.compile(decoder) if compiled else decoder
     rng = random.Random(seed)
     arrays = [a.numpy() for a in (faces.labels, faces.intensities, faces.boxes)]
+    pieces = packer.pieces()
     meter = _Meter(log, name, steps)
     for index in meter.loop(_batches(len(faces), LANGUAGE_BATCH, steps, seed + 1)):
-        rows = [conversation(rng, AUS, *(a[i] for a in arrays), num_boxes, num_markup) for i in index.tolist()]
+        rows = [conversation(rng, AUS, *(a[i] for a in arrays), num_boxes, num_markup, pieces) for i in index.tolist()]
         batch = packer.batch(rows, LANGUAGE_WIDTH)
         with torch.autocast("cpu", torch.bfloat16):
             loss = language_loss(model, features[index], batch, forward)
