@@ -94,6 +94,17 @@ def test_packed_rows_with_padding(policy, groups, tower, alone, pad_side, dense)
     assert_same_gradients(grads, alone[1])
 
 
+def test_recomputing_activations_changes_nothing(groups, tower, alone):
+    vlm = add_random_lora(make_vlm())
+    train_projector(vlm)
+    vlm.hf_model.gradient_checkpointing_enable({"use_reentrant": False})
+    vlm.train()
+    assert any(layer.gradient_checkpointing for layer in vlm.hf_model.model.language_model.layers)
+    logprobs, grads = score(vlm, tower, groups, plan_micro_batches(groups, 500))
+    assert relative_error(logprobs, alone[0]) < 1e-5
+    assert_same_gradients(grads, alone[1])
+
+
 def test_sft_sequences_packed_and_apart(policy, tower):
     """One completion a group."""
     groups = random_groups(policy.prompt(), 6, 1, longest=30, images=3)

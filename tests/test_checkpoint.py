@@ -8,6 +8,7 @@ every kind of sharding, save and load checkpoints, and write what they found for
 
 import argparse
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -358,8 +359,12 @@ def trained_vlm(here: Dist, mode: str) -> VLM:
     if mode == "recompute":
         vlm.hf_model.gradient_checkpointing_enable({"use_reentrant": False})
         vlm.train()
-        mode = "full"
-    assert dist.shard(vlm, here, mode, nodes=2 if mode == "hybrid" else None) == (mode != "none" and here.world > 1)
+    if mode == "hybrid":  # two nodes of two, as torchrun would say it
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
+    sharded = dist.shard(vlm, here, "full" if mode == "recompute" else mode)
+    assert sharded == (mode != "none" and here.world > 1)
+    meshes = {p.device_mesh.shape for p in trained_parameters(vlm).values() if isinstance(p, DTensor)}
+    assert meshes == ({(2, 2) if mode == "hybrid" else (here.world,)} if sharded else set())
     return vlm
 
 
@@ -595,10 +600,11 @@ def test_gradient_clipping():
         set_gradients()
         assert dist.clip_gradients(params, limit) == pytest.approx(10.0)
         assert joint_norm() == pytest.approx(expected, rel=1e-5)
-    set_gradients()
-    params[0].grad[0, 0] = torch.nan
-    assert not torch.isfinite(torch.tensor(dist.clip_gradients(params, 1.0)))
-    assert params[1].grad[1] == 8.0  # left as it was; the caller stops
+    for value in (math.nan, math.inf):
+        set_gradients()
+        params[0].grad[0, 0] = value
+        assert not math.isfinite(dist.clip_gradients(params, 1.0))
+        assert params[1].grad[1] == 8.0  # left as it was; the caller stops
 
 
 def test_unknown_sharding(fresh):

@@ -29,6 +29,7 @@ from tag.checkpoint import run_card
 from tag.errors import UsageError
 from tag.files import replacing
 
+SHOWN = 4  # failures named a row
 ROOT = Path(__file__).resolve().parents[1]
 
 FORMULAS = ("tests/test_grpo.py", "tests/test_against_trl.py")
@@ -226,7 +227,7 @@ def failures(tree: Path, tests: tuple[str, ...]) -> list[str]:
     """What fails in `tree`: "test file::test" without parameters, or the gate that stopped a run, each once."""
     files = sorted({str(p.relative_to(tree)) for pattern in tests for p in tree.glob(pattern)})
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400"}
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "--maxfail=6"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "--maxfail=40"]
     done = subprocess.run([*command, *files], cwd=tree, env=env, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise UsageError(f"pytest ended with {done.returncode}: {' '.join(done.stdout.split()[-60:])}")
@@ -237,7 +238,7 @@ def failures(tree: Path, tests: tuple[str, ...]) -> list[str]:
             found.append(f"gate, in a run: {' '.join(message.partition('gate at ')[2].split()[:14])} ...")
         else:
             found.append(re.sub(r"\[.*", "", name.removeprefix("tests/")))
-    return list(dict.fromkeys(found))
+    return sorted(dict.fromkeys(found), key=lambda name: "::" in name)  # gates first
 
 
 def as_markdown(rows: list[tuple[Mutation, list[str]]]) -> str:
@@ -249,8 +250,7 @@ def as_markdown(rows: list[tuple[Mutation, list[str]]]) -> str:
         "",
         "Each row is a mistake that GRPO implementations have made, put on purpose into a copy of the tree: one line "
         "is replaced, then the fast tests that might notice are run. One of the test files trains for two steps with "
-        "all gates on, so a row can also name the gate that stopped such a run. At most six failures are collected a "
-        "row, the first three are shown.",
+        f"all gates on, so a row can also name the gate that stopped such a run. At most {SHOWN} names a row are shown.",
         "",
         f"Made by `python tools/try_mutations.py --markdown docs/mutations.md` ({versions}; CPU, "
         f"{platform.machine()}). Nothing here is written by hand.",
@@ -259,8 +259,8 @@ def as_markdown(rows: list[tuple[Mutation, list[str]]]) -> str:
         "|---|---|---|",
     ]
     for mutation, found in rows:
-        caught = "<br>".join(f"`{name}`" if "::" in name else name for name in found[:3]) or "**nothing**"
-        more = f"<br>and {len(found) - 3} more" if len(found) > 3 else ""
+        caught = "<br>".join(f"`{name}`" if "::" in name else name for name in found[:SHOWN]) or "**nothing**"
+        more = f"<br>and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         lines.append(f"| {mutation.name} | `{mutation.file}` | {caught}{more} |")
     caught = sum(bool(found) for _, found in rows)
     return "\n".join([*lines, "", f"{caught} of {len(rows)} are caught."]) + "\n"
