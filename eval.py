@@ -85,7 +85,7 @@ def evaluate(args, here: dist.Dist) -> None:
     engine = RolloutEngine(vlm, args.rollout_rows, args.max_new_tokens)
     engine.refresh("policy" if args.adapter else None)
     max_boxes = None if args.no_box_limit else 3
-    bar = tqdm(total=len(records), initial=len(answered), desc="eval", disable=not here.is_main)
+    bar = tqdm(total=len(records), initial=len(answered), desc="eval", disable=None if here.is_main else True)
     for start in range(0, len(waiting), PART):
         part = waiting[start : start + PART]
         found = predict(engine, faces, records, part, vlm.prompt(), args.max_new_tokens, here, max_boxes=max_boxes)

@@ -190,7 +190,8 @@ def train(args, here: dist.Dist) -> None:
     log = RunLog(out, here.is_main, steps, first_step, f"grpo ({args.au_reward})")
 
     # ---- the loop
-    for step in range(first_step, steps):
+    last = min(steps, args.stop_after or steps)
+    for step in range(first_step, last):
         clock = StepStats()
         recording = bool(args.record_every) and step % args.record_every == 0
         before = snapshot(params, optimizer) if recording and args.record_state else {}
@@ -338,19 +339,16 @@ def train(args, here: dist.Dist) -> None:
         }
         log.step(step, metrics, show=("reward", "reward_ans", "reward_au", "kl", "grad_norm"))
         done = step + 1
-        stopping = done == steps or done == args.stop_after
         if held_out.due(done):
             engine.refresh("policy")
             scores = held_out.evaluate(engine)
             log.event(step, scores)
             if held_out.improved(scores):
                 save_adapter(vlm.hf_model, out / "best", "policy", args.model, saved_modules, here.is_main)
-        if stopping or (args.save_every and done % args.save_every == 0):
+        if done == last or (args.save_every and done % args.save_every == 0):
             save_checkpoint(
                 out, done, params, optimizer, card | {"best": held_out.best}, here, keep=args.keep_checkpoints
             )
-        if stopping:
-            break
 
     save_adapter(vlm.hf_model, out / "adapter", "policy", args.model, saved_modules, here.is_main)
     log.close()

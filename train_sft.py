@@ -166,7 +166,8 @@ def train(args, here: dist.Dist) -> None:
     log = RunLog(args.out, here.is_main, steps, first_step, "sft")
 
     # ---- the loop -------------------------------------------------------------------------------------------------
-    for step in range(first_step, steps):
+    last = min(steps, args.stop_after or steps)
+    for step in range(first_step, last):
         started = time.perf_counter()
         torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + here.rank)  # dropout
         vlm.train()
@@ -219,7 +220,6 @@ def train(args, here: dist.Dist) -> None:
         }
         log.step(step, metrics, show=("loss", "grad_norm", "tokens_per_second"))
         done = step + 1
-        stopping = done == steps or done == args.stop_after
         if held_out.due(done):
             vlm.eval()
             engine.refresh("policy")
@@ -227,12 +227,10 @@ def train(args, here: dist.Dist) -> None:
             log.event(step, scores)
             if held_out.improved(scores):
                 save_adapter(vlm.hf_model, Path(args.out) / "best", "policy", args.model, saved_modules, here.is_main)
-        if stopping or (args.save_every and done % args.save_every == 0):
+        if done == last or (args.save_every and done % args.save_every == 0):
             save_checkpoint(
                 args.out, done, params, optimizer, card | {"best": held_out.best}, here, keep=args.keep_checkpoints
             )
-        if stopping:
-            break
 
     save_adapter(vlm.hf_model, Path(args.out) / "adapter", "policy", args.model, saved_modules, here.is_main)
     log.close()

@@ -29,7 +29,7 @@ KEY_CODES = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, 
 class Browser:
     """One page of one browser process; `profile` is a folder it may fill."""
 
-    def __init__(self, profile: Path, size: tuple[int, int] = (1400, 1000), timeout: float = 60.0) -> None:
+    def __init__(self, profile: Path, size: tuple[int, int] = (1400, 1000), timeout: float = 120.0) -> None:
         assert CHROMIUM is not None, "no chromium"
         self.profile, self.timeout, self.count = Path(profile), timeout, 0
         self.problems: list[str] = []  # exceptions and errors that the page's console saw

@@ -339,7 +339,7 @@ def test_killed_at_random_moments_it_is_the_same_run(server, work, flags, script
     assert whole.codes == [0] * world, whole.output[-3000:]
     moments = random.Random(f"{script} {world}")
     argv, kills, resumed = flags(script, out=work / "killed", **more), 0, 0
-    while kills < 4:
+    while kills < 3:
         part = server.run(script, argv, world, kill_after=moments.uniform(0.3, 1.0) * whole.seconds)
         resumed += "resuming after step" in part.output
         if not part.killed:

@@ -123,8 +123,12 @@ def ask_markup(rng: random.Random, active: list[str], pieces: Sequence[str] = ()
             passages[0] = "".join(rng.choices(pieces, k=rng.randint(6, 14))).strip() or "none"
         return Question("repeat", f"Repeat: {passages[0]}", passages[0])
     tags = [rng.choice(TAG_NAMES) for _ in passages]
-    layout = rng.choice(("{0}", "{0}{1}", "{0} {1}", "{1} {0}")) if len(passages) > 1 else "{0}"
+    layout = rng.choice(("{0}{1}", "{0} {1}", "{0}. {1}.", "{0}, {1}", "{1} {0}")) if len(passages) > 1 else "{0}"
+    layout += rng.choice(("", "", ".", "!"))  # `>.` is one token, which no other exercise would write
     marked = [f"<{tag}>{passage}</{tag}>" for tag, passage in zip(tags, passages)]
+    if len(passages) > 1 and rng.random() < 0.2:
+        marked = [f"<{tags[0]}>{passages[0]} {marked[1]}</{tags[0]}>", ""]
+        layout = "{0}"
     asked = " and ".join(f"in {tag}: {passage}" for tag, passage in zip(tags, passages))
     return Question("markup", f"Write {asked}", layout.format(*marked))
 
@@ -133,7 +137,7 @@ def _passage(rng: random.Random, active: list[str]) -> str:
     """A few words, numbers and marks, in no order that means anything."""
     kind = rng.random()
     if kind < 0.15:  # a word alone: tags merge with the letter that follows them
-        word = rng.choice(WORDS)
+        word = rng.choice(CLASSES) if rng.random() < 0.3 else rng.choice(WORDS)
         return word.capitalize() if rng.random() < 0.3 else word
     if kind < 0.3:
         return format_coordinates(np.array([rng.randint(0, 511) for _ in range(4)]))
