@@ -135,7 +135,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--steps-vision", type=int, default=1800, help="updates of stage 1 (default %(default)s)")
     p.add_argument("--steps-language", type=int, default=1000, help="updates of stage 2 (default %(default)s)")
     p.add_argument("--faces", type=int, default=12000, help="training faces, 150 kB each (default %(default)s)")
-    p.add_argument("--steps-markup", type=int, default=400, help="updates of stage 3 (default %(default)s)")
+    p.add_argument("--steps-markup", type=int, default=1100, help="updates of stage 3 (default %(default)s)")
     p.add_argument("--start", help="checkpoint to take stages 1 and 2 from; only stage 3 runs")
     p.add_argument("--work", help="folder to keep the faces and the trained tower in, for further runs")
     p.add_argument("--seed", type=int, default=0)
