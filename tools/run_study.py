@@ -42,13 +42,13 @@ PROFILES = {
     "quick": dict(
         faces=(1600, 128, 300),
         seeds=[0],
-        sft=["--epochs", "3"],
+        sft=["--epochs", "5"],
         grpo=["--max-steps", "40", "--rollouts-per-step", "64", "--eval-every", "20"],
     ),
     "full": dict(
         faces=(3200, 256, 1000),
         seeds=[0, 1, 2],
-        sft=["--epochs", "2"],
+        sft=["--epochs", "3"],
         grpo=["--max-steps", "200", "--rollouts-per-step", "128", "--eval-every", "25", "--eval-faces", "256"],
     ),
 }
