@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def run_processes(world: int, target: str, *args: object, timeout: float = 300.0
 def _launch(world: int, target: str, args: list[str]) -> None:
     module, function = target.split(":")
     call = getattr(importlib.import_module(module), function)
-    children = []
+    running: dict[int, int] = {}  # pid -> rank
     for rank in range(world):
         pid = os.fork()
         if pid == 0:
@@ -146,24 +147,17 @@ def _launch(world: int, target: str, args: list[str]) -> None:
             torch.set_num_threads(1)
             call(*args)
             return
-        children.append(pid)
-    failed = 0
-    for _ in range(world):
+        running[pid] = rank
+    failed = False
+    while running:
         pid, status = os.wait()
+        rank = running.pop(pid)
         if status and not failed:
-            failed = 1
-            print(f"rank {children.index(pid)} ended with {os.waitstatus_to_exitcode(status)}", file=sys.stderr)
-            for other in children:  # they may wait for the dead one
-                if other != pid:
-                    _kill(other)
+            failed = True
+            print(f"rank {rank} ended with {os.waitstatus_to_exitcode(status)}", file=sys.stderr)
+            for other in running:  # they may wait for the dead one
+                os.kill(other, signal.SIGTERM)
     sys.exit(failed)
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, 15)
-    except ProcessLookupError:
-        pass
 
 
 if __name__ == "__main__":
