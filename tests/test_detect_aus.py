@@ -166,7 +166,7 @@ def test_killed_run_continues_where_it_was(tmp_path, monkeypatch, capsys):
     assert "continues" in error_line(capsys) and not (tmp_path / "x.jsonl").exists()
     journal = tmp_path / "x.jsonl.progress"
     kept = len(journal.read_text().splitlines()) - 1
-    assert kept >= 6
+    assert kept == 9  # all that was finished, however the threads took turns
     with open(journal, "ab") as f:
         f.write(b'{"image": "19.png", "stamp"')  # a line torn by the kill
     seen.clear()

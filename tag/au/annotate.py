@@ -287,12 +287,27 @@ def _batches(items: Sequence[str], size: int) -> Iterator[list[str]]:
 
 
 def _bounded_map(pool: ThreadPoolExecutor, work: Callable, jobs: Iterator, ahead: int) -> Iterator:
-    """Results as they finish, never more than `ahead` jobs under way (images in memory stay few)."""
+    """Results as they finish, never more than `ahead` jobs under way (images in memory stay few).
+
+    When a job fails, what the others have finished is handed out before its error is raised: nothing done is lost.
+    """
     pending: set[Future] = set()
     for job in jobs:
         pending.add(pool.submit(work, job))
         if len(pending) >= ahead:
             finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in finished)
-    for future in list(pending):
-        yield future.result()
+            yield from _results(finished, pending)
+    while pending:
+        finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+        yield from _results(finished, pending)
+
+
+def _results(finished: set[Future], pending: set[Future]) -> Iterator:
+    """Results of `finished`; if one of them failed, those of `pending` too as far as they get, then its error."""
+    failed = next((f.exception() for f in finished if f.exception()), None)
+    if failed:
+        cancelled = {f for f in pending if f.cancel()}
+        finished = finished | wait(pending - cancelled).done
+    yield from (f.result() for f in finished if not f.exception())
+    if failed:
+        raise failed
