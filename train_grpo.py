@@ -15,7 +15,9 @@ Departures from the paper, each with a switch (docs/grpo.md says why):
    gradient; FSDP2 averages nothing.
 5. No dropout: the policy that is scored is the one that sampled. Gates check that, and stop the run if it is not so.
 
-Run it again with the same flags to resume; see docs/metrics.md for what is logged.
+`--preset` takes sets of flags by name, `--preset tiny dapo`: tiny is the embedded default; paper, verl, deepseekmath,
+drgrpo and dapo are losses (tag/presets.py names their sources). Run it again with the same flags to resume; see
+docs/metrics.md for what is logged.
 """
 
 import json
@@ -37,7 +39,7 @@ from tag.files import replacing
 from tag.gates import check_mismatch, check_ratio, check_reference, enforce, mismatch, pad_logprobs
 from tag.grpo import KL_ESTIMATORS, LOSS_AVERAGES, RATIO_LEVELS, group_advantages, grpo_loss, loss_normaliser
 from tag.lora import copy_adapter, load_adapter, save_adapter, set_adapter, set_dropout, set_trainable
-from tag.presets import ALGORITHMS, KL_REFERENCES, describe
+from tag.presets import KL_REFERENCES, LOSS_PRESETS, describe
 from tag.record import completion_entry, completion_tensors, face_entry, save_record, snapshot
 from tag.rewards import AU_KINDS, audit, reward_means, score_completion
 from tag.rollout import RolloutEngine
@@ -64,7 +66,7 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__, PRESETS, algorithm=ALGORITHMS)
+    p = Parser(__doc__, PRESETS | LOSS_PRESETS)
     a = p.add_argument_group("data").add_argument
     a("--data", required=True, help="folder with train.jsonl and val.jsonl (TAG records; traces are not read)")
     a("--image-root", help="folder the records' image paths start from (default: the data folder)")
@@ -174,7 +176,8 @@ def train(args, here: dist.Dist) -> None:
     # ---- where we are
     steps = args.max_steps or num_steps(len(records), faces_per_step, args.epochs)
     held_out = HeldOut(validation, image_root, vlm, args, steps, here)
-    card = run_card("train_grpo.py", json.loads(json.dumps(vars(args), default=str)), world=here.world, steps=steps)
+    plain = json.loads(json.dumps(vars(args), default=str))
+    card = run_card("train_grpo.py", plain, world=here.world, steps=steps, objective=describe(plain))
     first_step = 0
     if resuming and (loaded := load_checkpoint(out, params, optimizer, here)):
         first_step, held_out.best = loaded["step"], loaded["best"]
@@ -184,9 +187,9 @@ def train(args, here: dist.Dist) -> None:
             f.write(json.dumps(card, indent=2) + "\n")
     here.print(
         f"{len(records)} faces, {steps} steps of {faces_per_step} faces x {G} completions, {here.world} process(es), "
-        f"sharded: {sharded}\n{describe(vars(args))}\nKL reference: {args.kl_reference} (beta {args.beta}, "
-        f"{args.kl_estimator}); ratio per {args.ratio_level}; AU reward: {args.au_reward}"
+        f"sharded: {sharded}"
     )
+    here.print("\n".join(card["objective"]))
     log = RunLog(out, here.is_main, steps, first_step, f"grpo ({args.au_reward})")
 
     # ---- the loop

@@ -3,7 +3,7 @@
 
     python tools/replay_step.py runs/tag/records/step-000120                       # is it the step that the run made?
     python tools/replay_step.py runs/tag/records/step-000120 --beta 0              # the same batch without KL
-    python tools/replay_step.py runs/tag/records/step-000120 --algorithm dapo --top 5
+    python tools/replay_step.py runs/tag/records/step-000120 --preset dapo --top 5
     python tools/replay_step.py runs/tag/records/step-000120 --no-prefix-sharing   # another layout, the same numbers
     python tools/replay_step.py runs/tag/records/step-000120 --set-trace           # stand at the loss in pdb
 
@@ -32,7 +32,7 @@ from tag.args import Parser, run
 from tag.dist import Dist
 from tag.errors import DataError
 from tag.grpo import KL_ESTIMATORS, LOSS_AVERAGES, RATIO_LEVELS, grpo_loss
-from tag.presets import ALGORITHMS, KL_REFERENCES
+from tag.presets import KL_REFERENCES, LOSS_PRESETS
 from tag.record import StepRecord, list_records, load_record
 from tag.replay import (
     Knobs,
@@ -59,7 +59,7 @@ KNOB_FLAGS = (
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this tool. Flags that are not given are as recorded (None)."""
-    p = Parser(__doc__, algorithm=ALGORITHMS)
+    p = Parser(__doc__, LOSS_PRESETS)
     p.add_argument("record", help="record folder, or a run folder (its last record)")
     a = p.add_argument_group("what to change (default: as recorded)").add_argument
     a("--clip-eps", type=float)
@@ -78,6 +78,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--top", type=int, default=20, help="tokens listed whose contribution moved most")
     a("--set-trace", action="store_true", help="stop in pdb at the loss, its tensors by name")
     return p.parse_args(argv)
+
+
+def changes(args: argparse.Namespace) -> dict:
+    """The knobs that the command line sets: those of its presets (None is a value there), and flags that are given."""
+    preset = {flag for name in args.preset or () for flag in LOSS_PRESETS[name]}
+    return {k: getattr(args, k) for k in KNOB_FLAGS if k in preset or getattr(args, k) is not None}
 
 
 def add_model_flags(p: Parser) -> None:
@@ -274,8 +280,7 @@ def replay(args: argparse.Namespace) -> int:
     folder = find_record(args.record)
     record = load_record(folder)
     recorded = Knobs.of(record.meta["args"])
-    flags = {name: value for name in KNOB_FLAGS if (value := getattr(args, name)) is not None}
-    knobs = recorded.changed(ALGORITHMS.get(args.algorithm, {}) | flags)
+    knobs = recorded.changed(changes(args))
     model = rebuilt_model(record, args, here)
     mask, meta = record.completion_mask, record.meta
     print(
