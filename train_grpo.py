@@ -36,7 +36,7 @@ from tag.data.order import batch_indices, num_steps, rollout_seed
 from tag.data.records import read_records
 from tag.evaluation.held_out import HeldOut
 from tag.files import replacing
-from tag.gates import check_mismatch, check_ratio, check_reference, enforce, mismatch, pad_logprobs
+from tag.gates import check_gradient, check_mismatch, check_ratio, check_reference, enforce, mismatch, pad_logprobs
 from tag.grpo import KL_ESTIMATORS, LOSS_AVERAGES, RATIO_LEVELS, group_advantages, grpo_loss, loss_normaliser
 from tag.lora import copy_adapter, load_adapter, save_adapter, set_adapter, set_dropout, set_trainable
 from tag.presets import KL_REFERENCES, LOSS_PRESETS, describe
@@ -44,7 +44,7 @@ from tag.record import completion_entry, completion_tensors, face_entry, save_re
 from tag.rewards import AU_KINDS, audit, reward_means, score_completion
 from tag.rollout import RolloutEngine
 from tag.runlog import RunLog
-from tag.stepstats import StepStats
+from tag.stepstats import RecordCost, StepStats, first_step_note
 from tag.trainable import adamw, print_trainable, train_projector, trained_parameters, warmup_lr
 from tag.vlm import PROJECTOR, load_vlm
 
@@ -193,11 +193,15 @@ def train(args, here: dist.Dist) -> None:
     log = RunLog(out, here.is_main, steps, first_step, f"grpo ({args.au_reward})")
 
     # ---- the loop
+    record_cost = RecordCost()
     last = min(steps, args.stop_after or steps)
     for step in range(first_step, last):
         clock = StepStats()
         recording = bool(args.record_every) and step % args.record_every == 0
-        before = snapshot(params, optimizer) if recording and args.record_state else {}
+        before = {}
+        if recording and args.record_state:
+            before = snapshot(params, optimizer)
+            clock.lap("record_seconds")
 
         # 1. Sample G completions per face with the current policy, merged into the rollout engine's own weights.
         indices = batch_indices(len(records), faces_per_step, step, args.seed)[here.rank :: here.world]
@@ -296,8 +300,8 @@ def train(args, here: dist.Dist) -> None:
                 if step == 0 and args.kl_reference == "sft" and stats.kl is not None:
                     checks.append(check_reference(stats.kl, mask, args.dtype))
                 complaints = [c for rank in here.gather(checks) for c in rank if c]
-            if not math.isfinite(grad_norm):
-                complaints.append("the gradient is not finite; the last checkpoint is untouched")
+            if complaint := check_gradient(grad_norm):
+                complaints.append(complaint)
             if complaints and not args.waive_gates:
                 break
             for group in optimizer.param_groups:
@@ -323,7 +327,7 @@ def train(args, here: dist.Dist) -> None:
                 args.record_budget_mb,
             )
             clock.lap("record_seconds")
-        enforce(complaints, args.waive_gates, step, log.write)
+        enforce(complaints, args.waive_gates, step, log.write, args.out)
 
         # 8. Log, evaluate, save.
         everyone = [r for rank in here.gather(rewards) for r in rank]  # groups stay whole
@@ -331,6 +335,7 @@ def train(args, here: dist.Dist) -> None:
             **reward_means(everyone),
             **audit(everyone, G, use_std=not args.no_advantage_std),
             **clock.metrics(here),
+            "record_share": record_cost.add(clock),
             "grad_norm": grad_norm,
             "lr": lr,
             "epoch": (step + 1) * faces_per_step / len(records),
@@ -341,6 +346,8 @@ def train(args, here: dist.Dist) -> None:
             "truncated": float(here.sum(float(sum(r.finish_reason == "length" for r in rollouts)))) / len(everyone),
         }
         log.step(step, metrics, show=("reward", "reward_ans", "reward_au", "kl", "grad_norm"))
+        if step == 0:
+            log.write(first_step_note(metrics, args.loss_average))
         done = step + 1
         if held_out.due(done):
             engine.refresh("policy")
@@ -355,6 +362,7 @@ def train(args, here: dist.Dist) -> None:
 
     save_adapter(vlm.hf_model, out / "adapter", "policy", args.model, saved_modules, here.is_main)
     log.close()
+    here.print(record_cost)
     here.print(f"adapter: {out}/adapter" + (f", best on held-out faces: {out}/best" if validation else ""))
 
 
