@@ -9,6 +9,7 @@ texts are replaced by scripted ones (`ScriptedEngine`): token ids and log-probs 
 import importlib.util
 import json
 import math
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_run import FakeRun
 
 import train_grpo
 from tag.args import claim_run_folder, run
@@ -243,6 +245,68 @@ def test_rewards_come_from_the_texts(record):
     assert all(r.au is None and r.fmt in (0.0, 0.5) for r in other) and any(r.fmt for r in other)
 
 
+def test_advantages_of_eight_are_the_same_bits(synth, tmp_path):
+    """Rewards are a column of a table in the record; taken from it with a stride, their sums had other last bits."""
+    FakeRun(tmp_path / "run", synth, 1, 1, faces=8, group_size=8).write()
+    record = load_record(tmp_path / "run" / "records" / "step-000000")
+    found = evaluate(record, Knobs.of(record.meta["args"]), recorded_scores(record))
+    assert torch.equal(found.advantages, record.tensors["advantages"])
+
+
+# ---------------------------------------------------------------- a group, spelled out
+
+
+def columns(line: str) -> list[float]:
+    """The numbers of a table's line."""
+    return [float(word) for word in re.findall(r"-?\d+\.\d+|-?\b\d+\b", line)]
+
+
+def test_a_group_is_spelled_out_as_recorded(stateless, capsys):
+    assert call(replay_step, stateless, "--group", "2", "--completion", "3") == 0
+    out = capsys.readouterr().out
+    record = load_record(stateless)
+    t, weight = record.tensors, 1000 / 8  # the mean over 8 completions
+    table = out.split("group 2: ")[1].splitlines()[2:6]
+    policy = []
+    for i, line in enumerate(table):
+        n, au = 4 + i, record.meta["completions"][4 + i]["rewards"]["au"]
+        i_, fmt, ans, r_au, total, A, length, w, wA, clipped, *terms = columns(line)
+        assert (i_, length, clipped) == (i + 1, int(t["lengths"][n]), 0)
+        expected = [*t["rewards"][n, :2].tolist(), au, float(t["rewards"][n, 3])]
+        assert [fmt, ans, r_au, total] == pytest.approx(expected, abs=1e-3)
+        assert A == pytest.approx(float(t["advantages"][n]), abs=1e-3)
+        assert w == pytest.approx(weight / length, abs=1e-3) and wA == pytest.approx(-w * A, abs=1e-2)
+        assert terms[0] + terms[1] == pytest.approx(terms[2], abs=2e-6)
+        assert terms[0] == pytest.approx(-A / 8, abs=1e-3)
+        policy.append(terms[0])
+    assert sum(policy) == pytest.approx(0, abs=1e-5) and out.count("R_AU of ") == 4
+    tokens = out.split("completion 3 of group 2")[1].splitlines()[2:]
+    assert len(tokens) == int(t["lengths"][6])
+    names = ("sampled_logprobs", "old_logprobs", "logprobs", "ref_logprobs", "ratio", "kl", "entropy")
+    for position, line in enumerate(tokens):
+        at, *numbers = columns(line[:4] + line[21:])  # without the token's text
+        assert at == position + 1
+        assert numbers[:7] == pytest.approx([float(t[k][6, position]) for k in names], abs=1e-4)
+
+
+def test_a_group_is_spelled_out_with_changed_flags(stateless, capsys):
+    flags = ["--group", "1", "--completion", "2", "--beta", "0", "--no-advantage-std", "--top", "0"]
+    assert call(replay_step, stateless, *flags) == 0
+    out = capsys.readouterr().out
+    record = load_record(stateless)
+    rewards = record.tensors["rewards"][:4, 3]
+    A = [columns(line)[5] for line in out.split("group 1: ")[1].splitlines()[2:6]]
+    assert A == pytest.approx((rewards - rewards.mean()).tolist(), abs=1e-3) and "A = R - mean(R)" in out
+    assert all(columns(line)[-2] == 0 for line in out.split("group 1: ")[1].splitlines()[2:7])  # no KL
+
+
+def test_groups_are_counted_from_one_and_end(stateless, capsys):
+    for flags in (["--group", "3"], ["--group", "1", "--completion", "5"], ["--group", "-1"], ["--completion", "1"]):
+        assert call(replay_step, stateless, *flags) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and flags[-2] in error
+
+
 # ---------------------------------------------------------------- one knob changed
 
 
@@ -360,7 +424,7 @@ def test_the_tool_prints_terms_and_tokens(folder, capsys):
     out = capsys.readouterr().out
     assert "--beta: 0.04 -> 0.0" in out and "cosine of the gradients" in out and "trained parameters" in out
     assert len(out.split("tokens that moved most")[1].strip().splitlines()) == 2 + 3
-    assert "synth-train-" in out and "sample" in out
+    assert "synth-train-" in out and re.search(r"group [12] \(.*\), completion [1-4], token \d+", out)
     assert call(replay_step, folder, "--preset", "drgrpo", "--beta", "0.5", "--top", "1") == 0
     out = capsys.readouterr().out
     assert "--no-advantage-std: False -> True" in out and "--beta: 0.04 -> 0.5" in out
