@@ -23,6 +23,7 @@ setup(
         "flash": ["flash-attn>=2.7"],  # a source build; used when importable, never required
         "track": ["tensorboard>=2.17"],  # metrics.jsonl is written in any case
         "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff==0.17.6"]
-        + ["peft>=0.18", "accelerate", "mediapipe>=0.10.30", "tensorboard>=2.17"],  # accelerate: peft imports it
+        + ["peft>=0.18", "accelerate", "mediapipe>=0.10.30", "tensorboard>=2.17"]  # accelerate: peft imports it
+        + ["trl==1.16.0"],  # the oracle of tests/test_against_trl.py, which calls one of its private methods
     },
 )

@@ -15,7 +15,9 @@ Departures from the paper, each with a switch (docs/grpo.md says why):
    gradient; FSDP2 averages nothing.
 5. No dropout: the policy that is scored is the one that sampled. Gates check that, and stop the run if it is not so.
 
-Run it again with the same flags to resume; see docs/metrics.md for what is logged.
+`--preset` takes sets of flags by name, `--preset tiny dapo`: tiny is the embedded default; paper, verl, deepseekmath,
+drgrpo and dapo are losses (tag/presets.py names their sources). Run it again with the same flags to resume; see
+docs/metrics.md for what is logged.
 """
 
 import json
@@ -34,15 +36,15 @@ from tag.data.order import batch_indices, num_steps, rollout_seed
 from tag.data.records import read_records
 from tag.evaluation.held_out import HeldOut
 from tag.files import replacing
-from tag.gates import check_mismatch, check_ratio, check_reference, enforce, mismatch, pad_logprobs
+from tag.gates import check_gradient, check_mismatch, check_ratio, check_reference, enforce, mismatch, pad_logprobs
 from tag.grpo import KL_ESTIMATORS, LOSS_AVERAGES, RATIO_LEVELS, group_advantages, grpo_loss, loss_normaliser
 from tag.lora import copy_adapter, load_adapter, save_adapter, set_adapter, set_dropout, set_trainable
-from tag.presets import ALGORITHMS, KL_REFERENCES, describe
+from tag.presets import KL_REFERENCES, LOSS_PRESETS, describe
 from tag.record import completion_entry, completion_tensors, face_entry, save_record, snapshot
 from tag.rewards import AU_KINDS, audit, reward_means, score_completion
 from tag.rollout import RolloutEngine
 from tag.runlog import RunLog
-from tag.stepstats import StepStats
+from tag.stepstats import RecordCost, StepStats, first_step_note
 from tag.trainable import adamw, print_trainable, train_projector, trained_parameters, warmup_lr
 from tag.vlm import PROJECTOR, load_vlm
 
@@ -64,7 +66,7 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__, PRESETS, algorithm=ALGORITHMS)
+    p = Parser(__doc__, PRESETS | LOSS_PRESETS)
     a = p.add_argument_group("data").add_argument
     a("--data", required=True, help="folder with train.jsonl and val.jsonl (TAG records; traces are not read)")
     a("--image-root", help="folder the records' image paths start from (default: the data folder)")
@@ -174,7 +176,8 @@ def train(args, here: dist.Dist) -> None:
     # ---- where we are
     steps = args.max_steps or num_steps(len(records), faces_per_step, args.epochs)
     held_out = HeldOut(validation, image_root, vlm, args, steps, here)
-    card = run_card("train_grpo.py", json.loads(json.dumps(vars(args), default=str)), world=here.world, steps=steps)
+    plain = json.loads(json.dumps(vars(args), default=str))
+    card = run_card("train_grpo.py", plain, world=here.world, steps=steps, objective=describe(plain))
     first_step = 0
     if resuming and (loaded := load_checkpoint(out, params, optimizer, here)):
         first_step, held_out.best = loaded["step"], loaded["best"]
@@ -184,17 +187,21 @@ def train(args, here: dist.Dist) -> None:
             f.write(json.dumps(card, indent=2) + "\n")
     here.print(
         f"{len(records)} faces, {steps} steps of {faces_per_step} faces x {G} completions, {here.world} process(es), "
-        f"sharded: {sharded}\n{describe(vars(args))}\nKL reference: {args.kl_reference} (beta {args.beta}, "
-        f"{args.kl_estimator}); ratio per {args.ratio_level}; AU reward: {args.au_reward}"
+        f"sharded: {sharded}"
     )
+    here.print("\n".join(card["objective"]))
     log = RunLog(out, here.is_main, steps, first_step, f"grpo ({args.au_reward})")
 
     # ---- the loop
+    record_cost = RecordCost()
     last = min(steps, args.stop_after or steps)
     for step in range(first_step, last):
         clock = StepStats()
         recording = bool(args.record_every) and step % args.record_every == 0
-        before = snapshot(params, optimizer) if recording and args.record_state else {}
+        before = {}
+        if recording and args.record_state:
+            before = snapshot(params, optimizer)
+            clock.lap("record_seconds")
 
         # 1. Sample G completions per face with the current policy, merged into the rollout engine's own weights.
         indices = batch_indices(len(records), faces_per_step, step, args.seed)[here.rank :: here.world]
@@ -293,8 +300,8 @@ def train(args, here: dist.Dist) -> None:
                 if step == 0 and args.kl_reference == "sft" and stats.kl is not None:
                     checks.append(check_reference(stats.kl, mask, args.dtype))
                 complaints = [c for rank in here.gather(checks) for c in rank if c]
-            if not math.isfinite(grad_norm):
-                complaints.append("the gradient is not finite; the last checkpoint is untouched")
+            if complaint := check_gradient(grad_norm):
+                complaints.append(complaint)
             if complaints and not args.waive_gates:
                 break
             for group in optimizer.param_groups:
@@ -320,7 +327,7 @@ def train(args, here: dist.Dist) -> None:
                 args.record_budget_mb,
             )
             clock.lap("record_seconds")
-        enforce(complaints, args.waive_gates, step, log.write)
+        enforce(complaints, args.waive_gates, step, log.write, args.out)
 
         # 8. Log, evaluate, save.
         everyone = [r for rank in here.gather(rewards) for r in rank]  # groups stay whole
@@ -328,6 +335,7 @@ def train(args, here: dist.Dist) -> None:
             **reward_means(everyone),
             **audit(everyone, G, use_std=not args.no_advantage_std),
             **clock.metrics(here),
+            "record_share": record_cost.add(clock),
             "grad_norm": grad_norm,
             "lr": lr,
             "epoch": (step + 1) * faces_per_step / len(records),
@@ -338,6 +346,8 @@ def train(args, here: dist.Dist) -> None:
             "truncated": float(here.sum(float(sum(r.finish_reason == "length" for r in rollouts)))) / len(everyone),
         }
         log.step(step, metrics, show=("reward", "reward_ans", "reward_au", "kl", "grad_norm"))
+        if step == 0:
+            log.write(first_step_note(metrics, args.loss_average))
         done = step + 1
         if held_out.due(done):
             engine.refresh("policy")
@@ -352,6 +362,7 @@ def train(args, here: dist.Dist) -> None:
 
     save_adapter(vlm.hf_model, out / "adapter", "policy", args.model, saved_modules, here.is_main)
     log.close()
+    here.print(record_cost)
     here.print(f"adapter: {out}/adapter" + (f", best on held-out faces: {out}/best" if validation else ""))
 
 

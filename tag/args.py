@@ -13,19 +13,19 @@ from tag.errors import DataError, UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults shown in --help and `--preset NAME` applied before the other flags.
+    """argparse with defaults shown in --help and `--preset NAME ...` applied before the other flags.
 
-    presets: the sets of `--preset`. more: those of further flags of its kind, e.g. `algorithm={...}` for `--algorithm`;
-    where two chosen sets give the same flag a value, the later flag of this list wins.
+    presets: name -> values by flag. Several may be chosen, `--preset tiny dapo` or `--preset tiny --preset dapo`; where
+    two give the same flag a value, that of the later name holds. `args.preset` is the list of names, None without any.
     """
 
-    def __init__(self, doc: str | None, presets: dict[str, dict] | None = None, **more: dict[str, dict]) -> None:
+    def __init__(self, doc: str | None, presets: dict[str, dict] | None = None) -> None:
         summary = (doc or "").strip()
         super().__init__(description=summary, formatter_class=_HelpFormatter, allow_abbrev=False)
-        self.presets = {flag: sets for flag, sets in {"preset": presets or {}, **more}.items() if sets}
-        for flag, sets in self.presets.items():
-            kind = "defaults" if flag == "preset" else f"{flag} flags"
-            self.add_argument(f"--{flag}", choices=sorted(sets), help=f"a documented set of {kind}")
+        self.presets = presets or {}
+        if self.presets:
+            about = "documented sets of defaults, one or more; where two differ the later one holds"
+            self.add_argument("--preset", nargs="+", action="extend", choices=[*self.presets], help=about)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         """One line instead of the whole usage."""
@@ -35,14 +35,13 @@ class Parser(argparse.ArgumentParser):
         """Parse; values of the chosen presets replace defaults, flags on the command line win over both."""
         argv = sys.argv[1:] if args is None else list(args)
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        for flag in self.presets:
-            first.add_argument(f"--{flag}", nargs="?")  # a missing value is the full parser's to refuse
-        chosen = vars(first.parse_known_args(argv)[0])
+        if self.presets:
+            first.add_argument("--preset", nargs="*", action="extend")  # bad names are the full parser's to refuse
         known = {action.dest for action in self._actions}
-        for flag, sets in self.presets.items():
-            values = sets.get(chosen[flag], {})
+        for name in getattr(first.parse_known_args(argv)[0], "preset", None) or ():
+            values = self.presets.get(name, {})
             if unknown := set(values) - known:
-                raise AssertionError(f"{flag} {chosen[flag]} sets flags that do not exist: {sorted(unknown)}")
+                raise AssertionError(f"preset {name} sets flags that do not exist: {sorted(unknown)}")
             self.set_defaults(**values)
             for action in self._actions:
                 if action.dest in values:
@@ -74,9 +73,10 @@ def check(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
-# Flags that say how a run is computed, not which run it is: they may change when it is resumed.
+# Flags that say how a run is computed, not which run it is: they may change when it is resumed. A preset is a name for
+# values of other flags, and those are compared.
 RUNTIME_FLAGS = frozenset(
-    {"out", "micro_tokens", "device", "threads", "save_every", "keep_checkpoints", "rollout_rows"}
+    {"preset", "out", "micro_tokens", "device", "threads", "save_every", "keep_checkpoints", "rollout_rows"}
     | {"activation_checkpointing"}
     | {"shard", "stop_after", "cache_gb", "record_every", "record_state", "record_budget_mb", "waive_gates"}
 )

@@ -3,6 +3,7 @@
 Each failure names the likely causes, because the number alone never does.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,9 +49,11 @@ def check_mismatch(found: Mismatch, dtype: str) -> str | None:
         return None
     return (
         f"sampled and re-scored log-probs differ by {found.mean:.2e} on average, {found.max:.2e} at most (allowed in "
-        f"{dtype}: {MISMATCH_MEAN[dtype]:.0e} and {MISMATCH_MAX[dtype]:.0e}); likely causes: rollout weights not "
-        "refreshed after the last update, dropout on in scoring, temperature or top-p in sampling only, other rotary "
-        "positions or another face's features in one of the two"
+        f"{dtype}: {MISMATCH_MEAN[dtype]:.0e} and {MISMATCH_MAX[dtype]:.0e}); likely causes: stale rollout weights "
+        "(not refreshed after the last update), dropout on in scoring, temperature or top-p applied in sampling only, "
+        "padding on another side or log-probs shifted by one, other rotary positions or another face's features in "
+        "one of the two, the reference's adapter switched on in scoring. Off everywhere by a little: weights, dropout "
+        "or temperature; off by a lot on few tokens: positions or padding"
     )
 
 
@@ -60,8 +63,10 @@ def check_ratio(ratio: Tensor, completion_mask: Tensor) -> str | None:
     if worst <= RATIO_TOLERANCE:
         return None
     return (
-        f"the ratio is off 1 by {worst:.2e} at the first inner update; likely causes: dropout on, old_logprobs of "
-        "another batch or shifted by one, parameters changed between scoring and the update"
+        f"the ratio is off 1 by {worst:.2e} at the first inner update; likely causes: dropout on (two passes, two "
+        "policies), old_logprobs of another batch, old_logprobs shifted by one (padding side), old_logprobs taken from "
+        "the sampler at a temperature that scoring does not apply, from stale weights or under the reference's "
+        "adapter, parameters changed between scoring and the update"
     )
 
 
@@ -71,16 +76,34 @@ def check_reference(kl: Tensor, completion_mask: Tensor, dtype: str) -> str | No
     if worst <= KL_TOLERANCE[dtype]:
         return None
     return (
-        f"KL to the sft reference is {worst:.2e} on some token before the first update; likely causes: the reference "
-        "is the base model and not the SFT adapter, dropout on in one of the two passes, another projector"
+        f"KL to the sft reference is {worst:.2e} on some token before the first update; likely causes: the wrong "
+        "reference (the base model and not the SFT adapter, or an adapter copied after training began), dropout on in "
+        "one of the two passes, another projector, padding side or positions that differ between the two passes, a "
+        "temperature applied in one of them"
     )
 
 
-def enforce(complaints: list[str], waived: bool, step: int, write: Callable[[str], None]) -> None:
-    """Raise GateError on the first complaint, or print them all when gates are waived. All ranks pass the same list."""
+def check_gradient(grad_norm: float) -> str | None:
+    """The gradient is finite; the complaint, or None."""
+    if math.isfinite(grad_norm):
+        return None
+    return (
+        f"the gradient norm is {grad_norm}, weights and last checkpoint are untouched; likely causes: a learning rate "
+        "so large that the update before threw the policy far off (exp of a log ratio overflows in the ratio or "
+        "in k3: look at kl and grad_norm of the steps before), a sampled token whose probability is 0 under policy or "
+        "reference (a temperature or grammar mask applied in sampling only, the wrong reference), NaN weights or images"
+    )
+
+
+def enforce(complaints: list[str], waived: bool, step: int, write: Callable[[str], None], run: str = "") -> None:
+    """Raise GateError on the first complaint, or print them all when gates are waived. All ranks pass the same list.
+
+    run: the run folder, in which the step has just been recorded; the message then says how to look at it.
+    """
+    look = f"; the step is recorded, look at it: python tools/inspect_rollouts.py {run}" if run else ""
     for complaint in complaints:
         if not waived:
-            raise GateError(f"gate at step {step}: {complaint}; --waive-gates goes on regardless")
+            raise GateError(f"gate at step {step}: {complaint}{look}; --waive-gates goes on regardless")
         write(f"WARNING (gates waived), step {step}: {complaint}")
 
 

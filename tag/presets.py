@@ -1,4 +1,4 @@
-"""Named sets of loss and advantage flags for `train_grpo.py --algorithm NAME`, each with its source.
+"""Named sets of loss and advantage flags for `train_grpo.py --preset NAME`, each with its source.
 
 Every set gives a value to every flag of LOSS_FLAGS, under the flag's name in `train_grpo.py`; flags on the command line
 win over the set. What a method does besides its loss and advantages stands in NOT_HERE: a name is not a promise that
@@ -29,10 +29,10 @@ _EQUATION_2 = dict(
     ratio_level="token",
 )
 
-ALGORITHMS: dict[str, dict] = {
+LOSS_PRESETS: dict[str, dict] = {
     # Eq. 2 of arXiv 2602.18763 as we read it, and the defaults of train_grpo.py. To the letter the equation differs
     # twice: it calls pi_old the reference policy, under which the KL term and its gradient vanish at the first inner
-    # update, and it can be read as one ratio a sequence. That reading is `--algorithm paper --kl-reference old
+    # update, and it can be read as one ratio a sequence. That reading is `--preset paper --kl-reference old
     # --ratio-level sequence`; with one update a step it trains without any KL, and its ratio level changes nothing.
     "paper": _EQUATION_2,
     # Eq. 3 and 4 of arXiv 2402.03300 with beta from its section 4.2; the reference is the initial, i.e. the SFT model.
@@ -67,24 +67,29 @@ NOT_HERE = {
 }
 
 
-def describe(args: dict) -> str:
-    """One line for the start of a run: which algorithm's flags these are, its source, and what was changed by hand.
+def loss_preset(args: dict) -> str:
+    """Name of the set that a run's loss flags are, or are closest to in intent: the last one of its `preset` list; else
+    the one that agrees with them ("paper" for the defaults), else "paper"."""
+    asked = [name for name in args.get("preset") or () if name in LOSS_PRESETS]
+    agree = [name for name, flags in LOSS_PRESETS.items() if all(args[f] == flags[f] for f in LOSS_FLAGS)]
+    return (asked[-1:] or agree or ["paper"])[0]
 
-    args: the run's flags by name, those of LOSS_FLAGS among them; `algorithm` is the one asked for. Without one, the
-    set that agrees is named ("paper" for the defaults), else the flags that differ from "paper".
+
+def describe(args: dict) -> list[str]:
+    """What is optimised, in two lines for the start of a run and its run.json: the presets asked for, which set the
+    loss flags are, with its source, what was changed by hand and what is missing; then reference, ratio and average.
+
+    args: the run's flags by name, those of LOSS_FLAGS, `preset` and `au_reward` among them.
     """
-    asked = args.get("algorithm")
-    name = asked or next(
-        (n for n, flags in ALGORITHMS.items() if all(args[f] == flags[f] for f in LOSS_FLAGS)), "paper"
-    )
-    changed = [
-        f"--{f.replace('_', '-')} {args[f]} ({ALGORITHMS[name][f]})"
-        for f in LOSS_FLAGS
-        if args[f] != ALGORITHMS[name][f]
-    ]
-    line = f"algorithm: {name} [{SOURCES[name]}]"
+    names = args.get("preset") or ["none"]
+    name = loss_preset(args)
+    line = f"preset: {' '.join(names)}; loss: {name} [{SOURCES[name]}]"
+    changed = [f for f in LOSS_FLAGS if args[f] != LOSS_PRESETS[name][f]]
     if changed:
-        line += " except " + ", ".join(changed)
-    if asked and NOT_HERE[name]:
+        line += " except " + ", ".join(f"--{f.replace('_', '-')} {args[f]} ({LOSS_PRESETS[name][f]})" for f in changed)
+    if name in names and NOT_HERE[name]:
         line += f"; not part of it here: {NOT_HERE[name]}"
-    return line
+    no_kl = args["beta"] == 0 or args["kl_reference"] == "none"
+    reference = "none, no KL term" if no_kl else f"{args['kl_reference']} (beta {args['beta']}, {args['kl_estimator']})"
+    flags = (("ratio", "ratio_level"), ("loss average", "loss_average"), ("AU reward", "au_reward"))
+    return [line, "; ".join([f"KL reference: {reference}", *(f"{word}: {args[flag]}" for word, flag in flags)])]

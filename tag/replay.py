@@ -163,7 +163,8 @@ def reward_totals(record: StepRecord, knobs: Knobs) -> Tensor:
     """R of each completion (N,): as recorded, or from the texts if `knobs` pay other rewards than the run did."""
     run = Knobs.of(record.meta["args"])
     if (knobs.au_reward, knobs.format_bonus) == (run.au_reward, run.format_bonus):
-        return record.tensors["rewards"][:, 3]
+        # Contiguous, as the run had it: sums over a strided column are taken in another order.
+        return record.tensors["rewards"][:, 3].contiguous()
     return torch.tensor([r.total for r in rescore(record, knobs)], dtype=torch.float32)
 
 

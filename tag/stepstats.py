@@ -1,4 +1,4 @@
-"""Token-level statistics of a GRPO step and where its time went; definitions in docs/metrics.md."""
+"""Token-level statistics of a GRPO step, where its time went, and what its records cost; see docs/metrics.md."""
 
 import time
 
@@ -103,3 +103,53 @@ class StepStats:
             **self.laps,
             "step_seconds": time.perf_counter() - self.started,
         }
+
+
+class RecordCost:
+    """What writing step records costs a run: seconds of the main process, those of tripped gates included."""
+
+    def __init__(self) -> None:
+        self.steps = self.records = 0
+        self.step_seconds = self.record_seconds = 0.0
+
+    def add(self, clock: StepStats) -> float:
+        """Count a finished step; returns the share so far."""
+        self.steps += 1
+        self.records += "record_seconds" in clock.laps
+        self.step_seconds += time.perf_counter() - clock.started
+        self.record_seconds += clock.laps.get("record_seconds", 0.0)
+        return self.share
+
+    @property
+    def share(self) -> float:
+        """Seconds spent on records / seconds of all steps, 0 to 1."""
+        return self.record_seconds / self.step_seconds if self.step_seconds else 0.0
+
+    def __str__(self) -> str:
+        each = 1000 * self.record_seconds / max(self.records, 1)
+        return (
+            f"step records: {self.records} of {self.steps} steps, {each:.0f} ms each, {self.share:.2%} of the "
+            f"{self.step_seconds:.1f} s of these steps"
+        )
+
+
+def first_step_note(metrics: dict[str, float], loss_average: str) -> str:
+    """What to print after step 0, where everyone wonders why the loss is 0 and whether anything is learned."""
+    numbers = (
+        f"step 0: loss {metrics['loss']:.2e} = policy {metrics['policy_loss']:.2e} + KL {metrics['kl_loss']:.2e}, "
+        f"gradient norm {metrics['grad_norm']:.2e}. "
+    )
+    if metrics["groups_flat"] == 1.0:
+        return numbers + (
+            "Every group is flat: all its completions earn the same, so all advantages are 0 and only KL is left. More "
+            "faces a step or a larger --group-size, or look at the texts (docs/grpo.md)"
+        )
+    why = "before the first update every ratio is 1, so the policy loss is minus the mean advantage"
+    if loss_average == "sequence":
+        why += ", and advantages add up to 0 in each group"
+    else:
+        why += " over tokens: not quite 0, because long completions count more"
+    return numbers + (
+        f"A loss near 0 is no mistake: {why}. Its gradient, - sum of A times grad log pi, is not 0. Follow reward, kl "
+        "and grad_norm, not loss (docs/grpo.md)"
+    )

@@ -54,7 +54,7 @@ class FakeRun:
         self.end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.args = {
             **dict(
-                preset="tiny", data=str(self.data), image_root=None, out=str(self.out), model="tiny", dtype="float32"
+                preset=["tiny"], data=str(self.data), image_root=None, out=str(self.out), model="tiny", dtype="float32"
             ),
             **dict(group_size=self.group_size, rollouts_per_step=self.faces * self.group_size, max_new_tokens=160),
             **dict(au_reward="iou", format_bonus=0.1, no_advantage_std=False, clip_eps=0.2, clip_eps_high=None),

@@ -1,10 +1,9 @@
 """Our loss against TRL's own code on the same log-probs, advantages and masks: value and gradient, to 1e-6.
 
-    pip install -c constraints.txt trl && pytest tests/test_against_trl.py
+    pytest tests/test_against_trl.py
 
 TRL computes its loss in a method of its trainer. The method is called as it is, on an object made without the trainer's
-constructor, whose model call returns the log-probs of the test (written for TRL 1.16). Skipped where TRL is not
-installed.
+constructor, whose model call returns the log-probs of the test (written for TRL 1.16, which the `dev` extra pins).
 """
 
 from collections import defaultdict
@@ -15,7 +14,7 @@ import torch
 
 from tag.grpo import grpo_loss, loss_normaliser
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", reason="trl is not installed (pip install -c constraints.txt -e '.[dev]')")
 from trl import GRPOTrainer
 
 N, T, MAX_TOKENS = 6, 9, 12

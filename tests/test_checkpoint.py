@@ -270,11 +270,35 @@ def parse(*argv: str) -> argparse.Namespace:
 
 def test_presets_stand_between_defaults_and_flags(capsys):
     assert vars(parse("--data", "x")) == {"preset": None, "lr": 0.1, "data": "x", "micro_tokens": 10}
-    assert vars(parse("--preset", "tiny")) == {"preset": "tiny", "lr": 0.5, "data": "toy", "micro_tokens": 10}
+    assert vars(parse("--preset", "tiny")) == {"preset": ["tiny"], "lr": 0.5, "data": "toy", "micro_tokens": 10}
     assert parse("--lr", "2", "--preset", "tiny").lr == 2.0
     for bad in ([], ["--data", "x", "--learning-rate", "1"], ["--data", "x", "--preset", "huge"], ["--dat", "x"]):
         with pytest.raises(SystemExit) as e:
             parse(*bad)
+        assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def parse_sets(*argv: str) -> argparse.Namespace:
+    """Flags of a made-up script with several presets."""
+    parser = Parser(
+        "Doc.", {"tiny": {"lr": 0.5, "beta": 7.0}, "dapo": {"beta": 0.0, "ref": None}, "paper": {"ref": "s"}}
+    )
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--beta", type=float, default=0.04)
+    parser.add_argument("--ref", default="s")
+    return parser.parse_args(argv)
+
+
+def test_several_presets_and_the_later_one_holds(capsys):
+    for both in (["--preset", "tiny", "dapo"], ["--preset", "tiny", "--preset", "dapo"]):
+        found = parse_sets(*both)
+        assert (found.lr, found.beta, found.ref, found.preset) == (0.5, 0.0, None, ["tiny", "dapo"])
+    assert parse_sets("--preset", "dapo", "tiny").beta == 7.0
+    assert parse_sets("--preset=dapo", "--preset=paper", "--beta", "0.3").ref == "s"
+    assert parse_sets("--beta", "0.3", "--preset", "dapo").beta == 0.3 and parse_sets().preset is None
+    for bad in (["--preset", "ppo"], ["--preset"], ["--preset", "tiny", "ppo"], ["--preset", "tiny", "--preset"]):
+        with pytest.raises(SystemExit) as e:
+            parse_sets(*bad)
         assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
@@ -293,6 +317,18 @@ def test_the_same_command_resumes_its_run(tmp_path):
     assert start(out, "--data", "x") is False
     assert start(out, "--data", "x") is True
     assert start(out, "--data", "x", "--micro-tokens", "99") is True  # how it runs, not which run it is
+
+
+def test_a_preset_is_the_flags_that_it_stands_for(tmp_path):
+    out = tmp_path / "a"
+    assert start(out, "--preset", "tiny") is False
+    assert start(out, "--preset", "tiny") is True and start(out, "--lr", "0.5", "--data", "toy") is True
+    with pytest.raises(UsageError, match=r"--lr was 0.5 there and is 0.1"):
+        start(out, "--data", "toy")
+    card = json.loads((out / "run.json").read_text())
+    card["args"]["preset"] = "tiny"  # as a version wrote it that took one name
+    (out / "run.json").write_text(json.dumps(card))
+    assert start(out, "--preset", "tiny") is True
 
 
 def test_a_folder_of_another_run_is_not_touched(tmp_path):

@@ -27,6 +27,7 @@ from tag.grpo import (
     token_logprobs_and_entropy,
     token_weights,
 )
+from tag.presets import KL_REFERENCES
 
 # ---------------------------------------------------------------- advantages
 
@@ -335,6 +336,76 @@ def test_loss_and_gradient_of_every_variant(loss_average, ratio_level, kl_estima
         down[i, t] -= step
         slope = (plain(up) - plain(down)) / (2 * step)
         assert logprobs.grad[i, t].item() == pytest.approx(slope, abs=1e-7), (i, t)
+
+
+# A policy over two tokens: theta (3, 2) are the logits of the first token, and of the second behind either first one.
+FIRST_OR_AFTER = torch.tensor([[0, 1], [0, 1], [0, 0], [0, 2], [0, 2], [0, 0]])  # (N, T) row of theta
+TOKENS = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 0], [1, 1], [0, 0]])  # (N, T), as long as MASK says
+THETA = torch.tensor([[0.3, -0.2], [0.9, 0.1], [-0.5, 0.4]], dtype=torch.float64)
+FROZEN = {
+    "old": torch.tensor([[0.0, 0.0], [0.1, 0.6], [0.2, -0.3]], dtype=torch.float64),
+    "sft": torch.tensor([[0.1, 0.1], [0.5, -0.4], [0.0, 0.6]], dtype=torch.float64),
+    "base": torch.tensor([[-0.6, 0.3], [0.0, 0.0], [0.7, 0.2]], dtype=torch.float64),
+}
+
+
+def two_token_logprobs(theta: torch.Tensor) -> torch.Tensor:
+    """log pi of every token, (N, T)."""
+    return log_softmax(theta, -1)[FIRST_OR_AFTER, TOKENS]
+
+
+def plain_logprobs(theta: list[list[float]]) -> list[list[float]]:
+    """The same in plain Python."""
+    pairs = [zip(*pair) for pair in zip(FIRST_OR_AFTER.tolist(), TOKENS.tolist())]
+    return [[theta[c][t] - math.log(sum(map(math.exp, theta[c]))) for c, t in pair] for pair in pairs]
+
+
+REFERENCES = ("sft", "base", "old", "none")
+EVERY = list(itertools.product(LOSS_AVERAGES, RATIO_LEVELS, KL_ESTIMATORS, REFERENCES, [None, 0.28]))
+
+
+@pytest.mark.parametrize("loss_average, ratio_level, kl_estimator, reference, clip_eps_high", EVERY)
+def test_finite_differences_on_a_policy_of_two_tokens(
+    loss_average, ratio_level, kl_estimator, reference, clip_eps_high
+):
+    """From the policy's parameters to the loss, for every variant that the flags can ask for."""
+    theta = THETA.clone().requires_grad_()
+    ref = None if reference == "none" else FROZEN[reference]
+    terms = grpo_loss(
+        two_token_logprobs(theta),
+        two_token_logprobs(FROZEN["old"]),
+        ADVANTAGES,
+        MASK,
+        ref_logprobs=None if ref is None else two_token_logprobs(ref),
+        clip_eps_high=clip_eps_high,
+        beta=0.3,
+        kl_estimator=kl_estimator,
+        loss_average=loss_average,
+        ratio_level=ratio_level,
+        max_tokens=5,
+    )
+    terms.loss.backward()
+    assert terms.clipped.any() and not terms.clipped[MASK.bool()].all()  # both branches of the minimum are taken
+    assert (terms.kl is None) == (ref is None)
+
+    old, ref = plain_logprobs(FROZEN["old"].tolist()), None if ref is None else plain_logprobs(ref.tolist())
+    kind = None if ref is None else kl_estimator
+
+    def plain(values):
+        return plain_loss(plain_logprobs(values), old, ref, loss_average, ratio_level, kind, clip_eps_high or 0.2)
+
+    assert terms.loss.item() == pytest.approx(plain(THETA.tolist()), abs=1e-12)
+    step = 1e-5
+    for i, j in itertools.product(range(3), range(2)):
+        up, down = THETA.clone(), THETA.clone()
+        up[i, j] += step
+        down[i, j] -= step
+        slope = (plain(up.tolist()) - plain(down.tolist())) / (2 * step)
+        assert theta.grad[i, j].item() == pytest.approx(slope, abs=1e-8), (i, j)
+
+
+def test_the_variants_are_all_that_the_flags_know():
+    assert REFERENCES == KL_REFERENCES and len(EVERY) == 3 * 2 * 3 * 4 * 2
 
 
 def test_defaults_are_the_papers():

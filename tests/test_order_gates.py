@@ -5,6 +5,7 @@ pytest tests/test_order_gates.py
 
 import itertools
 import math
+import time
 from collections import Counter
 
 import pytest
@@ -19,6 +20,7 @@ from tag.dist import Dist
 from tag.gates import (
     GateError,
     Mismatch,
+    check_gradient,
     check_mismatch,
     check_ratio,
     check_reference,
@@ -28,7 +30,7 @@ from tag.gates import (
 )
 from tag.grpo import grpo_loss, kl_penalty
 from tag.lora import copy_adapter, set_adapter, set_dropout
-from tag.stepstats import StepStats, UpdateStats
+from tag.stepstats import RecordCost, StepStats, UpdateStats, first_step_note
 from tag.vlm import VLM
 
 HERE = Dist(0, 1, torch.device("cpu"))
@@ -223,6 +225,22 @@ def test_gates_look_at_every_real_token_and_at_no_padding(check):
     assert check(right * 7, torch.zeros(2, 3)) is None  # a rank without tokens has nothing to say
 
 
+CAUSES = ("dropout on", "temperature", "padding", "stale", "reference")
+
+
+def test_every_gate_names_its_likely_causes():
+    """The number alone never says what is wrong."""
+    off = torch.full((2, 3), 2.0)
+    mismatched = check_mismatch(Mismatch(1.0, 1.0, 1.0), "float32")
+    assert all(cause in mismatched for cause in CAUSES)
+    assert all(cause in check_ratio(off, MASK) for cause in CAUSES)
+    assert all(cause in check_reference(off, MASK, "float32") for cause in CAUSES if cause != "stale")
+    assert "base model and not the SFT adapter" in check_reference(off, MASK, "float32")
+    for value in (math.nan, math.inf, -math.inf):
+        assert "learning rate" in check_gradient(value) and "temperature" in check_gradient(value)
+    assert check_gradient(0.0) is None and check_gradient(1e30) is None
+
+
 def test_enforce_raises_unless_waived(capsys):
     lines = []
     enforce([], False, 3, lines.append)
@@ -231,6 +249,9 @@ def test_enforce_raises_unless_waived(capsys):
     assert not lines
     enforce(["a", "b"], True, 3, lines.append)
     assert len(lines) == 2 and all("waived" in line for line in lines)
+
+    with pytest.raises(GateError, match=r"inspect_rollouts.py runs/tag; --waive-gates"):
+        enforce(["the ratio is off"], False, 3, lines.append, "runs/tag")
 
     def main():
         enforce(["the ratio is off"], False, 0, print)
@@ -326,6 +347,31 @@ def test_statistics_without_reference_or_tokens():
     step = StepStats()
     step.new_update().add(*some_terms(slice(0, 0), normaliser=1.0))  # a pass with nothing in it
     assert all(math.isfinite(v) for v in step.metrics(HERE).values())
+
+
+def test_what_records_cost(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    cost = RecordCost()
+    assert cost.share == 0.0
+    for step in range(4):
+        clock = StepStats()
+        now[0] += 9.0
+        clock.lap("update_seconds")
+        if step % 2 == 0:
+            now[0] += 1.0
+            clock.lap("record_seconds")
+        shares = cost.add(clock)
+    assert shares == cost.share == pytest.approx(2 / 38)
+    assert str(cost) == "step records: 2 of 4 steps, 1000 ms each, 5.26% of the 38.0 s of these steps"
+
+
+def test_the_first_step_is_explained():
+    metrics = {"loss": 1e-9, "policy_loss": 1e-9, "kl_loss": 0.0, "grad_norm": 0.53, "groups_flat": 0.5}
+    note = first_step_note(metrics, "sequence")
+    assert "gradient norm 5.30e-01" in note and "add up to 0 in each group" in note and "not loss" in note
+    assert "not quite 0" in first_step_note(metrics, "token")
+    assert "Every group is flat" in first_step_note(metrics | {"groups_flat": 1.0}, "sequence")
 
 
 def test_counter_of_a_long_run_is_fair():

@@ -3,6 +3,7 @@
 pytest tests/test_recipes.py
 """
 
+import ast
 import os
 import re
 import subprocess
@@ -121,6 +122,20 @@ def test_the_pins_cover_what_setup_asks_for():
     assert "torch==2.13.0" in core.splitlines()  # no local part: no index is forced on anyone
     lines = [line for line in (core + rest).splitlines()[2:] if line and not line.startswith("#")]
     assert not [line for line in lines if re.match(r"nvidia|triton|cuda|jax", line, re.I)]
+
+
+def test_nothing_is_imported_that_is_not_required():
+    """Oracles of tests (trl, peft) and what they bring (pandas, pyarrow) stay out of the package."""
+    ours = {"tag", *(path.stem for path in (*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")))}
+    required = {"torch", "transformers", "safetensors", "numpy", "PIL", "tqdm", "setuptools"}
+    required |= {"tokenizers", "huggingface_hub"}  # transformers brings them
+    optional = {"mediapipe", "flash_attn"}  # the extras `data` and `flash`; TensorBoard is imported through torch
+    for path in (*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "tag").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for top in {name.split(".")[0] for name in names}:
+                assert top in ours | required | optional | sys.stdlib_module_names, f"{path.name} imports {top}"
 
 
 # ---------------------------------------------------------------- quickstart.sh and test.sh

@@ -9,6 +9,7 @@ texts are replaced by scripted ones (`ScriptedEngine`): token ids and log-probs 
 import importlib.util
 import json
 import math
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -16,14 +17,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_run import FakeRun
 
 import train_grpo
-from tag.args import Parser, claim_run_folder, run
+from tag.args import claim_run_folder, run
 from tag.dist import Dist
 from tag.errors import DataError
 from tag.files import write_tensors
 from tag.gates import GateError
-from tag.presets import ALGORITHMS, LOSS_FLAGS, NOT_HERE, SOURCES, describe
+from tag.presets import LOSS_FLAGS, LOSS_PRESETS, NOT_HERE, SOURCES, describe
 from tag.record import StepRecord, list_records, load_record
 from tag.replay import (
     Knobs,
@@ -243,6 +245,68 @@ def test_rewards_come_from_the_texts(record):
     assert all(r.au is None and r.fmt in (0.0, 0.5) for r in other) and any(r.fmt for r in other)
 
 
+def test_advantages_of_eight_are_the_same_bits(synth, tmp_path):
+    """Rewards are a column of a table in the record; taken from it with a stride, their sums had other last bits."""
+    FakeRun(tmp_path / "run", synth, 1, 1, faces=8, group_size=8).write()
+    record = load_record(tmp_path / "run" / "records" / "step-000000")
+    found = evaluate(record, Knobs.of(record.meta["args"]), recorded_scores(record))
+    assert torch.equal(found.advantages, record.tensors["advantages"])
+
+
+# ---------------------------------------------------------------- a group, spelled out
+
+
+def columns(line: str) -> list[float]:
+    """The numbers of a table's line."""
+    return [float(word) for word in re.findall(r"-?\d+\.\d+|-?\b\d+\b", line)]
+
+
+def test_a_group_is_spelled_out_as_recorded(stateless, capsys):
+    assert call(replay_step, stateless, "--group", "2", "--completion", "3") == 0
+    out = capsys.readouterr().out
+    record = load_record(stateless)
+    t, weight = record.tensors, 1000 / 8  # the mean over 8 completions
+    table = out.split("group 2: ")[1].splitlines()[2:6]
+    policy = []
+    for i, line in enumerate(table):
+        n, au = 4 + i, record.meta["completions"][4 + i]["rewards"]["au"]
+        i_, fmt, ans, r_au, total, A, length, w, wA, clipped, *terms = columns(line)
+        assert (i_, length, clipped) == (i + 1, int(t["lengths"][n]), 0)
+        expected = [*t["rewards"][n, :2].tolist(), au, float(t["rewards"][n, 3])]
+        assert [fmt, ans, r_au, total] == pytest.approx(expected, abs=1e-3)
+        assert A == pytest.approx(float(t["advantages"][n]), abs=1e-3)
+        assert w == pytest.approx(weight / length, abs=1e-3) and wA == pytest.approx(-w * A, abs=1e-2)
+        assert terms[0] + terms[1] == pytest.approx(terms[2], abs=2e-6)
+        assert terms[0] == pytest.approx(-A / 8, abs=1e-3)
+        policy.append(terms[0])
+    assert sum(policy) == pytest.approx(0, abs=1e-5) and out.count("R_AU of ") == 4
+    tokens = out.split("completion 3 of group 2")[1].splitlines()[2:]
+    assert len(tokens) == int(t["lengths"][6])
+    names = ("sampled_logprobs", "old_logprobs", "logprobs", "ref_logprobs", "ratio", "kl", "entropy")
+    for position, line in enumerate(tokens):
+        at, *numbers = columns(line[:4] + line[21:])  # without the token's text
+        assert at == position + 1
+        assert numbers[:7] == pytest.approx([float(t[k][6, position]) for k in names], abs=1e-4)
+
+
+def test_a_group_is_spelled_out_with_changed_flags(stateless, capsys):
+    flags = ["--group", "1", "--completion", "2", "--beta", "0", "--no-advantage-std", "--top", "0"]
+    assert call(replay_step, stateless, *flags) == 0
+    out = capsys.readouterr().out
+    record = load_record(stateless)
+    rewards = record.tensors["rewards"][:4, 3]
+    A = [columns(line)[5] for line in out.split("group 1: ")[1].splitlines()[2:6]]
+    assert A == pytest.approx((rewards - rewards.mean()).tolist(), abs=1e-3) and "A = R - mean(R)" in out
+    assert all(columns(line)[-2] == 0 for line in out.split("group 1: ")[1].splitlines()[2:7])  # no KL
+
+
+def test_groups_are_counted_from_one_and_end(stateless, capsys):
+    for flags in (["--group", "3"], ["--group", "1", "--completion", "5"], ["--group", "-1"], ["--completion", "1"]):
+        assert call(replay_step, stateless, *flags) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and flags[-2] in error
+
+
 # ---------------------------------------------------------------- one knob changed
 
 
@@ -360,8 +424,8 @@ def test_the_tool_prints_terms_and_tokens(folder, capsys):
     out = capsys.readouterr().out
     assert "--beta: 0.04 -> 0.0" in out and "cosine of the gradients" in out and "trained parameters" in out
     assert len(out.split("tokens that moved most")[1].strip().splitlines()) == 2 + 3
-    assert "synth-train-" in out and "sample" in out
-    assert call(replay_step, folder, "--algorithm", "drgrpo", "--beta", "0.5", "--top", "1") == 0
+    assert "synth-train-" in out and re.search(r"group [12] \(.*\), completion [1-4], token \d+", out)
+    assert call(replay_step, folder, "--preset", "drgrpo", "--beta", "0.5", "--top", "1") == 0
     out = capsys.readouterr().out
     assert "--no-advantage-std: False -> True" in out and "--beta: 0.04 -> 0.5" in out
 
@@ -544,40 +608,61 @@ def test_without_state_the_table_says_what_it_is_of(stateless, tmp_path, capsys)
 # ---------------------------------------------------------------- flag sets
 
 
-def test_every_algorithm_sets_every_loss_flag_of_the_script():
+def test_every_loss_preset_sets_every_loss_flag_of_the_script():
     defaults = vars(train_grpo.parse_args(["--data", "d", "--adapter", "a", "--out", "o"]))
-    assert ALGORITHMS.keys() == SOURCES.keys() == NOT_HERE.keys()
-    for name, flags in ALGORITHMS.items():
+    assert (
+        LOSS_PRESETS.keys() == SOURCES.keys() == NOT_HERE.keys() == {"paper", "verl", "deepseekmath", "drgrpo", "dapo"}
+    )
+    for name, flags in LOSS_PRESETS.items():
         assert set(flags) == set(LOSS_FLAGS) <= set(defaults), name
         Knobs.of(defaults | flags)  # their values are ones the loss takes
-    assert {f: defaults[f] for f in LOSS_FLAGS} == ALGORITHMS["paper"] == ALGORITHMS["deepseekmath"]
-    assert len({json.dumps(flags) for flags in ALGORITHMS.values()}) == 4
+    assert {f: defaults[f] for f in LOSS_FLAGS} == LOSS_PRESETS["paper"] == LOSS_PRESETS["deepseekmath"]
+    assert len({json.dumps(flags) for flags in LOSS_PRESETS.values()}) == 4
 
 
-def test_a_run_can_say_which_algorithm_it_is():
-    defaults = vars(train_grpo.parse_args(["--data", "d", "--adapter", "a", "--out", "o"]))
-    assert describe(defaults) == "algorithm: paper [arXiv 2602.18763, Eq. 2]"
-    assert describe(defaults | ALGORITHMS["dapo"]).startswith("algorithm: dapo [arXiv 2503.14476]")
-    line = describe(defaults | ALGORITHMS["dapo"] | {"algorithm": "dapo", "beta": 0.01})
-    assert "except --beta 0.01 (0.0)" in line and "dynamic sampling" in line
-    assert "except --clip-eps 0.1 (0.2)" in describe(defaults | {"clip_eps": 0.1})
+def flags_of(*argv: str) -> dict:
+    """The arguments of a run with these flags."""
+    return vars(train_grpo.parse_args(["--data", "d", "--adapter", "a", "--out", "o", *argv]))
 
 
-def test_two_flags_that_stand_for_others(capsys):
-    def parse(*argv: str):
-        parser = Parser("Doc.", {"tiny": {"lr": 0.5, "beta": 7.0}}, algorithm={"dapo": {"beta": 0.0}, "none": {}})
-        parser.add_argument("--lr", type=float, default=0.1)
-        parser.add_argument("--beta", type=float, default=0.04)
-        return parser.parse_args(argv)
+@pytest.mark.parametrize("name", LOSS_PRESETS)
+def test_a_preset_sets_the_flags_of_a_run(name):
+    """Beside `tiny`, in any order, and around a flag given by hand."""
+    found = flags_of("--preset", "tiny", name)
+    assert {f: found[f] for f in LOSS_FLAGS} == LOSS_PRESETS[name] and found["model"] == "tiny"
+    assert flags_of("--preset", name, "--preset", "tiny") == found | {"preset": [name, "tiny"]}
+    by_hand = flags_of("--preset", "tiny", name, "--clip-eps", "0.5")
+    assert by_hand == found | {"clip_eps": 0.5}
+    later = flags_of("--preset", "dapo", "verl", name)
+    assert {f: later[f] for f in LOSS_FLAGS} == LOSS_PRESETS[name]
 
-    both = parse("--algorithm", "dapo", "--preset", "tiny")
-    assert (both.lr, both.beta, both.preset, both.algorithm) == (0.5, 0.0, "tiny", "dapo")  # the later flag's value
-    assert parse("--algorithm=dapo", "--beta", "0.3").beta == 0.3
-    assert parse().beta == 0.04 and parse("--preset", "tiny", "--algorithm", "none").beta == 7.0
-    for bad in (["--algorithm", "ppo"], ["--algorithm"], ["--preset"]):
-        with pytest.raises(SystemExit) as e:
-            parse(*bad)
-        assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+def test_a_run_says_what_it_optimises():
+    assert describe(flags_of()) == [
+        "preset: none; loss: paper [arXiv 2602.18763, Eq. 2]",
+        "KL reference: sft (beta 0.04, k3); ratio: token; loss average: sequence; AU reward: iou",
+    ]
+    first, second = describe(flags_of("--preset", "tiny", "dapo", "--beta", "0.01"))
+    assert first.startswith("preset: tiny dapo; loss: dapo [arXiv 2503.14476] except --beta 0.01 (0.0); not part")
+    assert "dynamic sampling" in first and second.startswith("KL reference: none, no KL term; ratio: token")
+    assert describe(flags_of("--clip-eps-high", "0.28", "--beta", "0", "--kl-reference", "none", "--loss-average",
+                             "token"))[0] == "preset: none; loss: dapo [arXiv 2503.14476]"  # fmt: skip
+    assert "except --clip-eps 0.1 (0.2)" in describe(flags_of("--preset", "tiny", "--clip-eps", "0.1"))[0]
+
+
+def test_the_run_card_says_it_too(folder, capsys):
+    card = json.loads((folder.parents[1] / "run.json").read_text())
+    assert card["objective"] == describe(card["args"]) and card["args"]["preset"] is None
+    assert load_record(folder).meta["objective"] == card["objective"]
+
+
+def test_a_preset_undoes_what_the_record_had(record):
+    """None is a value: `paper` clips the same above and below, whatever the run did."""
+    recorded = Knobs.of(record.meta["args"]).changed({"clip_eps_high": 0.28, "no_advantage_std": True, "beta": 0.0})
+    args = replay_step.parse_args(["x", "--preset", "paper", "--kl-estimator", "k1"])
+    knobs = recorded.changed(replay_step.changes(args))
+    assert (knobs.clip_eps_high, knobs.no_advantage_std, knobs.beta, knobs.kl_estimator) == (None, False, 0.04, "k1")
+    assert replay_step.changes(replay_step.parse_args(["x"])) == {}
 
 
 def test_what_is_kept_of_a_run_may_change_when_it_is_resumed(tmp_path):

@@ -28,7 +28,7 @@ from tag.vlm import load_vlm
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train_sft": train_sft, "train_grpo": train_grpo, "eval": eval_script}
-TIMING = ("_seconds", "tokens_per_second")
+TIMING = ("_seconds", "tokens_per_second", "record_share")
 
 
 @pytest.fixture
@@ -274,7 +274,8 @@ def test_grpo_end_to_end(call, work, flags, monkeypatch):
     code, out, err = call("train_grpo", flags("train_grpo", updates_per_step=2))
     assert (code, err) == (0, "")
     assert re.search(r"^decoder layers +LoRA +[\d,]+", out, re.M) and "frozen adapter" in out
-    assert "KL reference: sft" in out
+    assert "preset: none; loss: paper" in out and "KL reference: sft" in out
+    assert out.count("A loss near 0 is no mistake") == 1 and "step records: 1 of 3 steps" in out
     lines = metrics(work / "out")
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [0, 1, 2]

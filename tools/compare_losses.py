@@ -32,7 +32,7 @@ from tag.args import RUNTIME_FLAGS, Parser, check, run
 from tag.checkpoint import run_card
 from tag.errors import DataError
 from tag.files import replacing
-from tag.presets import ALGORITHMS
+from tag.presets import LOSS_PRESETS
 from tag.record import StepRecord, load_record
 from tag.replay import Knobs, Outcome, Scores, cosine, evaluate, recorded_passes, recorded_scores
 from tag.replay_model import RecordedModel
@@ -42,9 +42,9 @@ PAPER = "GRPO (paper)"
 # Row -> flags that differ from the paper's. First whole methods, then one change at a time.
 VARIANTS: dict[str, dict] = {
     PAPER: {},
-    "verl": ALGORITHMS["verl"],
-    "DAPO": ALGORITHMS["dapo"],
-    "Dr. GRPO": ALGORITHMS["drgrpo"],
+    "verl": LOSS_PRESETS["verl"],
+    "DAPO": LOSS_PRESETS["dapo"],
+    "Dr. GRPO": LOSS_PRESETS["drgrpo"],
     # arXiv 2507.18071: one ratio a sequence (the geometric mean over its tokens) and a clip range to match it, no KL
     "GSPO": dict(ratio_level="sequence", clip_eps=3e-4, clip_eps_high=4e-4, beta=0.0, kl_reference="none"),
     "sequence ratio": dict(ratio_level="sequence"),
@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def variants(recorded: Knobs) -> dict[str, Knobs]:
     """Row -> flags; the run's own come last if none of the others has them."""
-    paper = recorded.changed(ALGORITHMS["paper"])
+    paper = recorded.changed(LOSS_PRESETS["paper"])
     rows = {name: paper.changed(changes) for name, changes in VARIANTS.items()}
     return rows if recorded in rows.values() else rows | {AS_RECORDED: recorded}
 

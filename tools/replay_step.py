@@ -3,7 +3,8 @@
 
     python tools/replay_step.py runs/tag/records/step-000120                       # is it the step that the run made?
     python tools/replay_step.py runs/tag/records/step-000120 --beta 0              # the same batch without KL
-    python tools/replay_step.py runs/tag/records/step-000120 --algorithm dapo --top 5
+    python tools/replay_step.py runs/tag/records/step-000120 --preset dapo --top 5
+    python tools/replay_step.py runs/tag/records/step-000120 --group 1 --completion 3   # their arithmetic, every token
     python tools/replay_step.py runs/tag/records/step-000120 --no-prefix-sharing   # another layout, the same numbers
     python tools/replay_step.py runs/tag/records/step-000120 --set-trace           # stand at the loss in pdb
 
@@ -19,6 +20,7 @@ the tolerance that is printed), 1 that they are not. A bad record is exit code 2
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,11 +30,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from tag import dist
-from tag.args import Parser, run
+from tag.args import Parser, check, run
 from tag.dist import Dist
 from tag.errors import DataError
 from tag.grpo import KL_ESTIMATORS, LOSS_AVERAGES, RATIO_LEVELS, grpo_loss
-from tag.presets import ALGORITHMS, KL_REFERENCES
+from tag.presets import KL_REFERENCES, LOSS_PRESETS
 from tag.record import StepRecord, list_records, load_record
 from tag.replay import (
     Knobs,
@@ -48,6 +50,8 @@ from tag.replay import (
     same,
 )
 from tag.replay_model import RecordedModel
+from tag.report.page import visible
+from tag.report.step_text import group_text, token_text
 from tag.rewards import AU_KINDS
 from tag.vlm import TINY_MODEL
 
@@ -59,7 +63,7 @@ KNOB_FLAGS = (
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this tool. Flags that are not given are as recorded (None)."""
-    p = Parser(__doc__, algorithm=ALGORITHMS)
+    p = Parser(__doc__, LOSS_PRESETS)
     p.add_argument("record", help="record folder, or a run folder (its last record)")
     a = p.add_argument_group("what to change (default: as recorded)").add_argument
     a("--clip-eps", type=float)
@@ -76,8 +80,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_flags(p)
     a = p.add_argument_group("what to show").add_argument
     a("--top", type=int, default=20, help="tokens listed whose contribution moved most")
+    a("--group", type=int, default=0, help="spell out this group, counted from 1: rewards, advantages, loss")
+    a("--completion", type=int, default=0, help="and every token of this completion of it, counted from 1")
     a("--set-trace", action="store_true", help="stop in pdb at the loss, its tensors by name")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    check(min(args.group, args.completion) >= 0, "--group and --completion are counted from 1")
+    check(bool(args.group) or not args.completion, f"--completion {args.completion} of which --group?")
+    return args
+
+
+def changes(args: argparse.Namespace) -> dict:
+    """The knobs that the command line sets: those of its presets (None is a value there), and flags that are given."""
+    preset = {flag for name in args.preset or () for flag in LOSS_PRESETS[name]}
+    return {k: getattr(args, k) for k in KNOB_FLAGS if k in preset or getattr(args, k) is not None}
 
 
 def add_model_flags(p: Parser) -> None:
@@ -222,14 +237,14 @@ def print_moved(record: StepRecord, before: Outcome, after: Outcome, top: int, s
     if not moved:
         print("\nno token's contribution changed")
         return
-    text = token_text(source)
+    text = token_decoder(source)
     ids = [face["record"]["id"] for face in record.meta["faces"]]
     print("\ntokens that moved most; contribution = d loss / d log-prob, negative: pushed up")
-    print(f"{'before':>11} {'after':>11} {'change':>11}  {'A':>6}  {'ratio':>6}  {'token':18} completion, place")
+    print(f"{'before':>11} {'after':>11} {'change':>11}  {'A':>6}  {'ratio':>6}  {'token':18} where, counted from 1")
     for m in moved:
         clip = {(True, False): ", unclipped", (False, True): ", clipped", (True, True): ", clipped in both"}
         face, sample = divmod(m.completion, record.group_size)
-        place = f"{m.completion} ({ids[face]}, sample {sample}), {m.position}"
+        place = f"group {face + 1} ({visible(ids[face])}), completion {sample + 1}, token {m.position + 1}"
         A, ratio = float(after.advantages[m.completion]), float(after.terms.ratio[m.completion, m.position])
         print(
             f"{m.before:11.3e} {m.after:11.3e} {m.change:11.3e}  {A:6.2f}  {ratio:6.3f}  {text(m.token_id)!r:18} "
@@ -237,7 +252,16 @@ def print_moved(record: StepRecord, before: Outcome, after: Outcome, top: int, s
         )
 
 
-def token_text(source: str):
+def print_group(record: StepRecord, outcome: Outcome, scores: Scores, args: argparse.Namespace) -> None:
+    """The arithmetic of `--group`, and the tokens of `--completion`."""
+    print("", *group_text(record, outcome, scores, args.group - 1), sep="\n")
+    if args.completion:
+        text = token_decoder(args.model or record.meta["args"]["model"])
+        where = (args.group - 1, args.completion - 1)
+        print("", *token_text(record, outcome, scores, *where, text), sep="\n")
+
+
+def token_decoder(source: str) -> Callable[[int], str]:
     """Token id -> text, by the tokenizer of `source`; "#id" where there is none on this machine."""
     try:
         folder = TINY_MODEL if source == "tiny" else source
@@ -273,9 +297,11 @@ def replay(args: argparse.Namespace) -> int:
     here = dist.setup(args.device, args.threads)
     folder = find_record(args.record)
     record = load_record(folder)
+    faces, G = len(record.meta["faces"]), record.group_size
+    check(args.group <= faces, f"--group {args.group}: the record holds {faces}")
+    check(args.completion <= G, f"--completion {args.completion}: a group holds {G}")
     recorded = Knobs.of(record.meta["args"])
-    flags = {name: value for name in KNOB_FLAGS if (value := getattr(args, name)) is not None}
-    knobs = recorded.changed(ALGORITHMS.get(args.algorithm, {}) | flags)
+    knobs = recorded.changed(changes(args))
     model = rebuilt_model(record, args, here)
     mask, meta = record.completion_mask, record.meta
     print(
@@ -297,6 +323,7 @@ def replay(args: argparse.Namespace) -> int:
         before = model.outcome(recorded, scores)
 
     good = compare_with_run(record, before, scores, model)
+    shown, shown_scores = before, scores
     if knobs != recorded:
         print("\n---- changed")
         if model is None:
@@ -306,8 +333,11 @@ def replay(args: argparse.Namespace) -> int:
             changed_scores = model.scores(knobs, references)
             after = model.outcome(knobs, changed_scores)
         compare_outcomes(before, after)
+        shown, shown_scores = after, changed_scores
         print_moved(record, before, after, args.top, args.model or meta["args"]["model"])
         good = True
+    if args.group:
+        print_group(record, shown, shown_scores, args)
     if args.set_trace:
         stand_at_the_loss(record, knobs, changed_scores, evaluate(record, knobs, changed_scores).advantages)
     return 0 if good else 1

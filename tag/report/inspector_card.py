@@ -40,7 +40,7 @@ def run_card_html(run: Run) -> str:
         ("Loss average", a.get("loss_average"), AVERAGE_TEXT, std),
         ("Step", f"{_of(a, 'rollouts_per_step')} rollouts", {}, f"G = {_of(a, 'group_size')}, {_updates(a)}"),
         ("Model", a.get("model"), {}, f"{_of(a, 'dtype')}, {world} process{'es' * (world != 1)}"),
-        ("Preset", a.get("preset") or "none", {}, f"lr {_of(a, 'lr')}, seed {_of(a, 'seed')}"),
+        ("Preset", _names(a.get("preset")), {}, f"lr {_of(a, 'lr')}, seed {_of(a, 'seed')}"),
     )
     shown = "".join(
         f'<div class="panel tile"><div class="name">{esc(name)}</div><div class="value">{esc(_of({"v": value}, "v"))}'
@@ -92,6 +92,11 @@ def _text(value: Any) -> str:
 def _of(values: dict, key: str) -> str:
     value = values.get(key)
     return "?" if value is None else _text(value)
+
+
+def _names(value: Any) -> str:
+    """A list of presets as text; a run of an earlier version has one name or none."""
+    return " ".join(map(_text, value)) if isinstance(value, list) and value else _text(value or "none")
 
 
 def _updates(args: dict) -> str:

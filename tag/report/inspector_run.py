@@ -79,7 +79,7 @@ def _read_card(home: Path, run: Run) -> dict:
         try:
             card = json.loads(source.read_text(encoding="utf-8"))
             if isinstance(card, dict) and isinstance(card.get("args"), dict):
-                known = ("script", "args", "versions", "commit", "world", "steps")
+                known = ("script", "objective", "args", "versions", "commit", "world", "steps")
                 return {k: card[k] for k in known if k in card}
         except (OSError, ValueError, RecursionError):
             pass
