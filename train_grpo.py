@@ -53,8 +53,9 @@ PRESETS = {
     "tiny": dict(
         model="tiny",
         dtype="float32",
-        lr=3e-4,
-        rollouts_per_step=128,
+        lr=2e-4,
+        warmup_steps=10,
+        rollouts_per_step=64,
         max_steps=100,
         max_new_tokens=160,
         micro_tokens=8192,

@@ -33,7 +33,8 @@ from tag.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# train faces, held-out faces, test faces, SFT flags, GRPO flags. `quick` and `full` differ in length, not in kind.
+# train faces, held-out faces, test faces, SFT flags, GRPO flags. `quick` and `full` differ in length, not in kind: SFT
+# sees the traces of half of the faces, briefly; GRPO sees all faces and no traces.
 PROFILES = {
     "smoke": dict(
         faces=(64, 16, 24),
@@ -44,14 +45,14 @@ PROFILES = {
     "quick": dict(
         faces=(1600, 128, 300),
         seeds=[0],
-        sft=["--epochs", "5"],
-        grpo=["--max-steps", "40", "--rollouts-per-step", "64", "--eval-every", "20"],
+        sft=["--train-faces", "1600", "--epochs", "2", "--eval-every", "0"],
+        grpo=["--max-steps", "60", "--eval-every", "20"],
     ),
     "full": dict(
         faces=(3200, 256, 1000),
         seeds=[0, 1, 2],
-        sft=["--epochs", "3"],
-        grpo=["--max-steps", "200", "--rollouts-per-step", "128", "--eval-every", "25", "--eval-faces", "256"],
+        sft=["--train-faces", "1600", "--epochs", "2", "--eval-every", "0", "--eval-faces", "256"],
+        grpo=["--max-steps", "120", "--eval-every", "20", "--eval-faces", "256"],
     ),
 }
 MODELS = {  # row of the table -> (stage whose best adapter it is, AU reward)

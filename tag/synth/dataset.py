@@ -16,7 +16,12 @@ from tag.synth.geometry import au_boxes
 from tag.synth.params import AUS, DETECTOR_THRESHOLD, Face, detect, sample_face
 from tag.synth.writer import write_trace
 
-SYNTH_VERSION = 1  # raise when a seed no longer gives the same face
+SYNTH_VERSION = 2  # raise when a seed no longer gives the same record or face
+
+# A trace's boxes are wider than the detector's by 0 to this share of their size on every side; how much differs from
+# trace to trace, as it does between people who draw boxes. SFT imitates the average hand. The reward knows the
+# detector's boxes, so this is something that RL can teach and more SFT cannot.
+MAX_LOOSENESS = 0.25
 
 # Seeds of each split. A seed decides everything about a face, so disjoint ranges are disjoint faces.
 SPLITS: dict[str, range] = {
@@ -39,14 +44,18 @@ def split_seeds(split: str, count: int, offset: int = 0) -> range:
     return full[offset : offset + count]
 
 
-def describe(face: Face, split: str) -> Record:
-    """The record of a face, without drawing it: what the simulated detector activates, with boxes and a trace."""
+def describe(face: Face, split: str, max_looseness: float = MAX_LOOSENESS) -> Record:
+    """The record of a face, without drawing it: what the simulated detector activates, with boxes and a trace.
+
+    `aus` hold the detector's boxes; those of the trace are wider by a share between 0 and `max_looseness`.
+    """
     index = face.seed - SPLITS[split].start
     if face.seed not in SPLITS[split]:
         raise DataError(f"seed {face.seed} is not of split {split!r}")
     scores, boxes = detect(face), au_boxes(face)
     active = sorted((name for name in AUS if scores[name] >= DETECTOR_THRESHOLD), key=lambda n: -scores[n])
     aus = [AU(name, scores[name], boxes[name]) for name in active]
+    looseness = float(np.random.default_rng([face.seed, 6]).uniform(0, max_looseness))
     dataset = "synth" if face.domain == "shaded" else f"synth-{face.domain}"
     name = f"{dataset}-{split}-{index:06d}"
     return Record(
@@ -57,13 +66,14 @@ def describe(face: Face, split: str) -> Record:
         label=face.label,
         aus=aus,
         candidates=active[:NUM_CANDIDATES],
-        trace=write_trace(face.label, aus[:NUM_CANDIDATES], np.random.default_rng([face.seed, 5])),
+        trace=write_trace(face.label, aus[:NUM_CANDIDATES], np.random.default_rng([face.seed, 5]), looseness),
         detector="synth",
         size=(MODEL_SIZE, MODEL_SIZE),
         provenance={
             "seed": face.seed,
             "domain": face.domain,
             "version": SYNTH_VERSION,
+            "trace_looseness": round(looseness, 3),
             "true_aus": {n: v for n, v in face.aus.items() if v > 0},
             "occlusion": face.occlusion,
         },
@@ -84,6 +94,7 @@ def write_dataset(
     workers: int = 2,
     offset: int = 0,
     progress=None,
+    max_looseness: float = MAX_LOOSENESS,
 ) -> list[Record]:
     """Draw `count` faces into `out_dir/{split}/{id}.png` and return their records, in seed order.
 
@@ -91,7 +102,7 @@ def write_dataset(
     """
     seeds = split_seeds(split, count, offset)
     (Path(out_dir) / split).mkdir(parents=True, exist_ok=True)
-    chunks = [(str(out_dir), split, domain, seeds[i : i + CHUNK]) for i in range(0, len(seeds), CHUNK)]
+    chunks = [(str(out_dir), split, domain, max_looseness, seeds[i : i + CHUNK]) for i in range(0, len(seeds), CHUNK)]
     records: list[Record] = []
     for part in _map(_write_chunk, chunks, workers):
         records.extend(part)
@@ -140,12 +151,12 @@ def _array_chunk(task: tuple[str, list[int]]) -> tuple[np.ndarray, ...]:
     return np.stack(images), np.array(labels), np.stack(intensities), np.stack(boxes)
 
 
-def _write_chunk(task: tuple[str, str, str, range]) -> list[Record]:
-    out_dir, split, domain, seeds = task
+def _write_chunk(task: tuple[str, str, str, float, range]) -> list[Record]:
+    out_dir, split, domain, max_looseness, seeds = task
     records = []
     for seed in seeds:
         face = sample_face(seed, domain)
-        record = describe(face, split)
+        record = describe(face, split, max_looseness)
         path = Path(out_dir) / record.image
         if not path.exists():
             partial = path.with_suffix(".partial")
