@@ -192,6 +192,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, with_entropy: bool):
+        """Log-probs and entropies (M,) (entropies empty if not wanted)."""
         logprobs = torch.empty(len(targets), device=hidden.device)  # (M,) fp32
         entropy = torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
         slope = torch.empty_like(hidden)  # (M, H)
@@ -212,6 +213,7 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor, _):
+        """Gradient of `hidden` from that of the log-probs, grad (M,)."""
         (slope,) = ctx.saved_tensors
         return (slope * grad[:, None]).to(slope.dtype), None, None, None, None
 

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.start:
         log(f"stages 1 and 2 taken from {args.start}")
     elif done and done.is_file():
-        kept = torch.load(done)
+        kept = torch.load(done, weights_only=True)
         model.load_state_dict(kept["model"])
         clock["vision"] = kept["seconds"]
         log(f"vision tower read from {done}")

@@ -76,6 +76,7 @@ def norm(x: Tensor, layer: nn.Module) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: x (..., D), cos and sin broadcast to it."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
 

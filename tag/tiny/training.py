@@ -58,7 +58,7 @@ def draw_faces(start: int, counts: dict[str, int], workers: int) -> Faces:
 def base_faces(count: int, workers: int, cache: Path | None = None) -> tuple[Faces, Faces]:
     """The base model's training faces and its 300 held-out ones (shaded), read from the `cache` file if it exists."""
     if cache and cache.is_file():
-        kept = torch.load(cache)
+        kept = torch.load(cache, weights_only=True)
         if len(kept["train"]["images"]) != count:
             raise ValueError(f"{cache} holds {len(kept['train']['images'])} faces, not {count}")
         return Faces(**kept["train"]), Faces(**kept["held_out"])
@@ -245,9 +245,11 @@ class _Meter:
         self.started = time.time()
 
     def loop(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The batches, under a progress bar."""
         yield from tqdm(batches, desc=self.name, total=self.steps, mininterval=5)
 
     def add(self, parts: dict[str, float]) -> None:
+        """Count a step with its losses."""
         self.done += 1
         for key, value in parts.items():
             self.mean[key] = value if self.done == 1 else 0.95 * self.mean[key] + 0.05 * value
