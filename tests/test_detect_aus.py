@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tag.au.base import NO_FACE, Detector, FaceAUs
+from tag.au.graphau import GraphAU
 from tag.au.mesh import NUM_POINTS
 from tag.boxes import is_valid
 from tag.data.records import read_records, resolve_image
@@ -288,6 +290,9 @@ def test_bad_tables_are_one_line_naming_the_place(tmp_path, seen, capsys, text, 
         (("--test-count", "99"), "more than the 2 images"),
         (("--workers", "0"), "--workers"),
         (("--detector", "crystal-ball"), "crystal-ball"),
+        (("--detector", "graphau"), "--graphau-checkpoint"),
+        (("--graphau-checkpoint", "x.pth"), "--detector graphau"),
+        (("--detector", "graphau", "--graphau-checkpoint", "x.pth", "--threshold", "0.5"), "--candidate-threshold"),
         (("--no-such-flag",), "no-such-flag"),
     ],
 )
@@ -343,6 +348,23 @@ def test_real_dozen(tmp_path):
         brows = [a.box for a in record.aus if a.au in ("AU1", "AU2", "AU4")]
         chins = [a.box for a in record.aus if a.au in ("AU17", "AU26")]
         assert all(brow[1] < chin[1] for brow in brows for chin in chins)
+
+
+def test_real_faces_through_a_graphau_network(tmp_path, capsys):
+    """The detector behind the tool, with random weights: their scores mean nothing, boxes and layout do."""
+    torch.manual_seed(0)
+    checkpoint = tmp_path / "x.pth"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in GraphAU("resnet18", 1).state_dict().items()}}, checkpoint)
+    flags = [*real_flags(tmp_path), "--limit", "10", "--workers", "2", "--detector", "graphau"]
+    flags += ["--graphau-checkpoint", str(checkpoint), "--graphau-arch"]
+    assert tool.main([*flags, "resnet50"]) == 2 and "it is resnet18 stage 1" in error_line(capsys)
+    assert tool.main([*flags, "resnet18", "--device", "abacus"]) == 2 and "abacus" in error_line(capsys)
+    assert tool.main([*flags, "resnet18", "--threshold", "0.01"]) == 0
+    records = read_records(tmp_path / "real.jsonl")
+    assert len(records) >= 9 and all(r.detector == "graphau" and len(r.candidates) <= 3 for r in records)
+    provenance = records[0].provenance
+    assert provenance["graphau"] == "resnet18 stage 1" and provenance["candidate_threshold"] == 0.45
+    assert len(provenance["checkpoint"]) == 12
 
 
 def test_real_wrong_model_is_one_line(tmp_path):

@@ -8,6 +8,15 @@ the reason (dropped_label, no_face, repeated_row; with --on-bad-image skip also 
 detector_failed). A bad image (the latter four) makes the run end with exit code 2 after all others are done, because
 a hole in a data set should be somebody's decision; nothing is lost: run again with --on-bad-image skip, or with the
 file repaired, and finished images are not looked at again. The same holds for a run that was killed.
+
+    python tools/detect_aus.py --detector graphau --graphau-checkpoint FILE.pth --graphau-arch resnet50 ...
+
+takes AU scores from OpenGraphAU (released weights, not included) and only landmarks from MediaPipe.
+
+    python tools/detect_aus.py --layout raf-db --images RAF-DB --val-fraction 0.05 --out raf-db.jsonl
+
+reads labels and official splits from a data set as it is distributed; fractions and counts are then taken from its
+training split.
 """
 
 import argparse
@@ -24,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 from tag import __version__
 from tag.au.annotate import BAD_IMAGE, Journal, Outcome, annotate, build_record, check_images, record_ids
 from tag.au.base import Detector
+from tag.data.datasets import READERS, disagreement, read_dataset
 from tag.data.labels_csv import LabelRow, drop_repeats, read_labels
 from tag.data.records import Record, write_records
 from tag.data.splits import assign_splits
@@ -31,7 +41,10 @@ from tag.errors import DataError, UsageError
 from tag.files import replacing
 from tag.labels import CLASSES
 
-DETECTORS = ("mediapipe",)
+# Detector -> defaults of (--threshold, --candidate-threshold). A cosine of 0.5 is where OpenGraphAU's own scripts cut;
+# the paper's figures show an AU of 0.46 as activated.
+DETECTORS = {"mediapipe": (0.2, 0.35), "graphau": (0.4, 0.45)}
+GRAPHAU_ARCHS = ("resnet18", "resnet50", "swin-t", "swin-s", "swin-b")  # those of tag.au.graphau, which imports torch
 SPLITS = ("train", "val", "test")
 
 
@@ -42,14 +55,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     p.error = _usage_error  # type: ignore[method-assign]
     p.add_argument("--images", required=True, metavar="DIR", help="folder that the image paths are relative to")
-    p.add_argument("--labels", required=True, metavar="CSV", help="table of images and labels")
+    p.add_argument("--labels", metavar="CSV", help="table of images and labels")
+    p.add_argument("--layout", choices=sorted(READERS), help="instead of --labels: --images holds this data set")
+    p.add_argument("--rule", help="with --layout: how votes become labels, see tools/count_splits.py")
     p.add_argument("--out", required=True, metavar="X.jsonl", help="records; X.rejected.jsonl is written beside it")
     p.add_argument("--detector", choices=DETECTORS, default="mediapipe")
     p.add_argument("--face-landmarker", metavar="PATH", help="face_landmarker.task (else $TAG_FACE_LANDMARKER, cache)")
     p.add_argument("--weak-aus", action="store_true", help="also AU9, AU23, AU27, AU45, hardly visible to mediapipe")
-    p.add_argument("--threshold", type=float, default=0.2, help="activation from which an AU is kept (default 0.2)")
+    p.add_argument("--graphau-checkpoint", metavar="FILE", help="released OpenGraphAU weights, for --detector graphau")
+    p.add_argument("--graphau-arch", choices=GRAPHAU_ARCHS, default="resnet50", help="of that file (default resnet50)")
+    p.add_argument("--graphau-stage", type=int, choices=(1, 2), default=1, help="of that file (default 1)")
+    p.add_argument("--device", help="for --detector graphau (default: a GPU if there is one)")
     p.add_argument(
-        "--candidate-threshold", type=float, default=0.35, help="and may become one of three candidates (default 0.35)"
+        "--threshold", type=float, help="activation from which an AU is kept (default 0.2; with graphau 0.4)"
+    )
+    p.add_argument(
+        "--candidate-threshold",
+        type=float,
+        help="and may become one of three candidates (default 0.35; with graphau 0.45)",
     )
     p.add_argument("--no-trace", action="store_true", help="leave `trace` null, for traces written by a model")
     p.add_argument("--dataset", help="name for the records (default: the name of --out)")
@@ -67,6 +90,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--on-bad-image", choices=("stop", "skip"), default="stop", help="see above (default stop)")
     p.add_argument("--overwrite", action="store_true", help="replace --out, and an unfinished run with other settings")
     args = p.parse_args(argv)
+    if bool(args.labels) == bool(args.layout):
+        raise UsageError("give --labels CSV or --layout DATASET, one of them")
+    if args.layout and (args.split_column or args.test_fraction is not None or args.test_count is not None):
+        raise UsageError("--layout brings its own test split; leave out --split-column, --test-fraction and -count")
+    if args.labels and args.rule:
+        raise UsageError("--rule belongs to --layout")
+    if (args.detector == "graphau") != bool(args.graphau_checkpoint):
+        raise UsageError("--detector graphau and --graphau-checkpoint FILE go together")
+    kept, candidate = DETECTORS[args.detector]
+    if args.candidate_threshold is None:
+        args.candidate_threshold = candidate
+    if args.threshold is None:
+        args.threshold = min(kept, args.candidate_threshold)
     if not 0 < args.candidate_threshold <= 1 or not 0 < args.threshold <= args.candidate_threshold:
         raise UsageError(
             f"--threshold {args.threshold}, --candidate-threshold {args.candidate_threshold}: must be above 0, at most "
@@ -118,16 +154,16 @@ def run(args: argparse.Namespace) -> None:
     for target in targets:
         if target.exists() and not args.overwrite:
             raise DataError(f"{target}: exists; --overwrite replaces it")
-    rows = read_labels(args.labels, args.image_column, args.label_column, args.split_column)[: args.limit]
-    rows, repeated = drop_repeats(rows, args.labels)
+    rows = read_rows(args)
+    rows, repeated = drop_repeats(rows)
     wanted = [row for row in rows if row.label is not None]
     if not wanted:
-        raise DataError(f"{args.labels}: every row has a label that the 7-class protocol drops")
+        raise DataError(f"{args.labels or args.images}: every row has a label that the 7-class protocol drops")
     bad = check_images([row.image for row in wanted], args.images)
     if len(bad) == len(wanted):
-        raise DataError(f"{args.labels}: none of its {len(wanted)} images is in {args.images}; is --images right?")
+        raise DataError(f"{rows[0].file}: none of its {len(wanted)} images is in {args.images}; is --images right?")
     if bad and args.on_bad_image == "stop":
-        raise _bad_images(args, [row for row in wanted if row.image in bad], bad)
+        raise _bad_images([row for row in wanted if row.image in bad], bad)
     usable = [row for row in wanted if row.image not in bad]
 
     if (args.test_count or 0) + (args.val_count or 0) > len(usable):
@@ -153,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
 
         broken = {image: o for image, o in outcomes.items() if o.reason in BAD_IMAGE}
         if broken and args.on_bad_image == "stop":
-            raise _bad_images(args, [row for row in usable if row.image in broken], broken)
+            raise _bad_images([row for row in usable if row.image in broken], broken)
 
         # ---- records and what was left out, in the order of the table
         outcomes.update(bad)
@@ -181,8 +217,30 @@ def run(args: argparse.Namespace) -> None:
     print_summary(args, records, rejected, looked_at, seconds, len(detectors))
 
 
+def read_rows(args: argparse.Namespace) -> list[LabelRow]:
+    """Rows of --labels, or of the data set in --images, which then becomes the folder that image paths start from."""
+    if args.labels:
+        return read_labels(args.labels, args.image_column, args.label_column, args.split_column)[: args.limit]
+    listing = read_dataset(args.layout, args.images, args.rule)
+    if listing.images is None:
+        raise DataError(
+            f"{args.images}: {args.layout}, {listing.release}, holds no file a face; unpack it first with "
+            f"tools/unpack_faces.py --dataset {args.layout}"
+        )
+    args.images = str(listing.images)
+    unlisted = (disagreement(listing) or {}).get("unlisted")
+    if unlisted:
+        print(f"not listed      {len(unlisted)} images in {args.images} that no label file names, first {unlisted[0]}")
+    return listing.rows[: args.limit]
+
+
 def make_detector(args: argparse.Namespace) -> Detector:
     """A fresh detector of the kind asked for (imported here: each needs packages of its own)."""
+    if args.detector == "graphau":
+        from tag.au.graphau_detector import GraphAUDetector, load_network
+
+        network = load_network(args.graphau_checkpoint, args.graphau_arch, args.graphau_stage, args.device)
+        return GraphAUDetector(*network, args.face_landmarker)
     from tag.au.mediapipe import MediaPipeDetector
 
     return MediaPipeDetector(args.face_landmarker, weak=args.weak_aus)
@@ -192,14 +250,15 @@ def make_records(
     args: argparse.Namespace, rows: list[LabelRow], outcomes: dict[str, Outcome], detector: Detector
 ) -> list[Record]:
     """Records of the rows on whose image a face was found, in the order of the table."""
-    if args.split_column:
-        splits = [row.split for row in rows]
-    else:
+    splits = [row.split for row in rows]
+    free = [i for i, split in enumerate(splits) if split is None or (args.layout and split == "train")]
+    if free:
         # A file given twice under two names must not be in train and in test: the hash of the bytes decides.
-        keys = [outcomes[row.image].sha256 for row in rows]
+        keys = [outcomes[rows[i].image].sha256 for i in free]
         val = args.val_count if args.val_count is not None else args.val_fraction or 0.0
         test = args.test_count if args.test_count is not None else args.test_fraction or 0.0
-        splits = assign_splits(keys, [row.label for row in rows], args.seed, val, test)
+        for i, split in zip(free, assign_splits(keys, [rows[i].label for i in free], args.seed, val, test)):
+            splits[i] = split
     ids = record_ids([row.image for row in rows], args.dataset)
     seed = None if args.no_trace else args.seed
     return [
@@ -218,6 +277,7 @@ def print_summary(
     reasons = Counter(entry["reason"] for entry in rejected)
     tried = len(records) + reasons["no_face"]
     print(f"{args.out}: {len(records)} records; {args.out.stem}.rejected.jsonl: {len(rejected)}")
+    print(f"image root      {args.images}")
     print(f"face found      {len(records)} of {tried} images ({100 * len(records) / tried:.1f} %)")
     padded = sum(r.provenance["found"] == "padded" for r in records)
     several = sum(r.provenance["faces"] > 1 for r in records)
@@ -241,12 +301,12 @@ def print_summary(
         print(f"speed           {looked_at / seconds:.1f} images/s ({looked_at} in {seconds:.1f} s, {threads} threads)")
 
 
-def _bad_images(args: argparse.Namespace, rows: list[LabelRow], outcomes: dict[str, Outcome]) -> DataError:
+def _bad_images(rows: list[LabelRow], outcomes: dict[str, Outcome]) -> DataError:
     """One line for all of them: the first is named, the rest counted."""
     first = rows[0]
     more = f", and {len(rows) - 1} more bad images" if len(rows) > 1 else ""
     return DataError(
-        f"{args.labels}:{first.line}: {first.image[:120]}: {outcomes[first.image].detail}{more}; repair, or leave out "
+        f"{first.where}: {first.image[:120]}: {outcomes[first.image].detail}{more}; repair, or leave out "
         "and list in the .rejected.jsonl with --on-bad-image skip"
     )
 

@@ -15,15 +15,22 @@ LABEL_COLUMNS = ("emotion", "label", "expression")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LabelRow:
     """One line of the table. `label` is None when the 7-class protocol drops what was written (`word`)."""
 
-    line: int
+    line: int  # 0 where there is a file an image, not a table
     image: str  # relative to the image folder, "/" between folders
     word: str
     label: str | None
     split: str | None = None
+    file: str = ""  # the table
+    box: tuple[int, int, int, int] | None = None  # of the face in image pixels, where the table gives one
+
+    @property
+    def where(self) -> str:
+        """`file:line`, for messages."""
+        return f"{self.file}:{self.line}" if self.line else self.file
 
 
 def read_labels(
@@ -63,15 +70,14 @@ def read_labels(
             split = SPLITS.get(cells[split_at].strip().lower())
             if split is None:
                 raise DataError(f"{where}: unknown split {cells[split_at][:40]!r}; expected train, val or test")
-        rows.append(LabelRow(number, os.path.normpath(image).replace(os.sep, "/"), word.lower(), label, split))
+        image = os.path.normpath(image).replace(os.sep, "/")
+        rows.append(LabelRow(number, image, word.lower(), label, split, str(path)))
     if not rows:
         raise DataError(f"{path}: a header and no rows")
     return rows
 
 
-def drop_repeats(
-    rows: Sequence[LabelRow], path: str | os.PathLike
-) -> tuple[list[LabelRow], list[tuple[LabelRow, int]]]:
+def drop_repeats(rows: Sequence[LabelRow]) -> tuple[list[LabelRow], list[tuple[LabelRow, int]]]:
     """(first row of every image, [(repeated row, line of the first)]).
 
     Raises DataError when an image is listed with two different labels or splits: which one holds is not ours to guess.
@@ -84,7 +90,7 @@ def drop_repeats(
             continue
         if (earlier.label, earlier.split) != (row.label, row.split):
             raise DataError(
-                f"{path}:{row.line}: {row.image[:80]!r} is '{row.word}' here and '{earlier.word}' on line "
+                f"{row.where}: {row.image[:80]!r} is '{row.word}' here and '{earlier.word}' on line "
                 f"{earlier.line}{_splits(earlier, row)}; keep one row per image"
             )
         repeated.append((row, earlier.line))
