@@ -27,7 +27,7 @@ from tag.files import replacing
 from tag.lora import load_adapter
 from tag.prompts import prompt_hash
 from tag.report.eval_page import write_eval_page
-from tag.rollout import RolloutEngine
+from tag.rollout import RolloutEngine, kv_plan
 from tag.vlm import load_vlm
 
 PRESETS = {"tiny": dict(model="tiny", dtype="float32", max_new_tokens=160)}
@@ -50,6 +50,7 @@ def parse_args(argv=None):
     a("--out", required=True, help="folder for the results")
     a("--report-faces", type=int, default=200, help="faces on the HTML page, 0 = no page")
     a("--rollout-rows", type=int, default=64, help="rows that decode together, per rank")
+    a("--cuda-graphs", action="store_true", help="replay the decoding step as a CUDA graph")
     a("--device", choices=("auto", "cpu", "cuda"), default="auto")
     a("--threads", type=int, default=0, help="CPU threads, 0 = PyTorch's choice")
     return p.parse_args(argv)
@@ -67,6 +68,8 @@ def evaluate(args, here: dist.Dist) -> None:
         load_adapter(vlm.hf_model, args.adapter)
     vlm.requires_grad_(False)
     faces = Faces(records, image_root, vlm, cache_gb=0)
+    engine = RolloutEngine(vlm, args.rollout_rows, args.max_new_tokens, cuda_graphs=args.cuda_graphs)
+    here.print(kv_plan(engine, len(vlm.prompt().input_ids), 1))
     if here.is_main:
         card = run_card("eval.py", json.loads(json.dumps(vars(args), default=str)), prompt=prompt_hash())
         with replacing(out / "run.json") as f:
@@ -82,7 +85,6 @@ def evaluate(args, here: dist.Dist) -> None:
     )
     waiting = [i for i, r in enumerate(records) if r.id not in answered]
 
-    engine = RolloutEngine(vlm, args.rollout_rows, args.max_new_tokens)
     engine.refresh("policy" if args.adapter else None)
     max_boxes = None if args.no_box_limit else 3
     bar = tqdm(total=len(records), initial=len(answered), desc="eval", disable=None if here.is_main else True)

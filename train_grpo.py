@@ -42,7 +42,7 @@ from tag.lora import copy_adapter, load_adapter, save_adapter, set_adapter, set_
 from tag.presets import KL_REFERENCES, LOSS_PRESETS, describe
 from tag.record import completion_entry, completion_tensors, face_entry, save_record, snapshot
 from tag.rewards import AU_KINDS, audit, reward_means, score_completion
-from tag.rollout import RolloutEngine
+from tag.rollout import RolloutEngine, kv_plan
 from tag.runlog import RunLog
 from tag.stepstats import RecordCost, StepStats, first_step_note
 from tag.trainable import adamw, print_trainable, train_projector, trained_parameters, warmup_lr
@@ -116,7 +116,15 @@ def parse_args(argv=None):
     a = p.add_argument_group("how it runs (never changes loss or gradient)").add_argument
     a("--micro-tokens", type=int, default=16384, help="tokens of one forward pass, per rank: the memory knob")
     a("--no-prefix-sharing", action="store_true", help="score every completion behind its own copy of the prompt")
-    a("--rollout-rows", type=int, default=64, help="rows that decode together, per rank")
+    a("--rollout-rows", type=int, default=64, help="rows that decode together, per rank, fewer if memory is short")
+    a(
+        "--kv-gb",
+        type=float,
+        default=0.0,
+        help="memory for the rollouts' KV cache, per rank, 0 = a share of the free",
+    )
+    a("--cuda-graphs", action="store_true", help="replay the decoding step as a CUDA graph")
+    a("--compile", action="store_true", help="torch.compile the decoding step (on a CPU it is slower)")
     a("--rollout-backend", choices=("engine", "hf"), default="engine", help="hf: Hugging Face generate, one process")
     a("--shard", choices=dist.SHARDING, default="full", help="FSDP2 over all ranks, within nodes, or replicas")
     a("--activation-checkpointing", action="store_true", help="recompute activations in the backward pass")
@@ -171,7 +179,16 @@ def train(args, here: dist.Dist) -> None:
 
     prompt = vlm.prompt()
     faces = Faces(records, image_root, vlm, cache_gb=args.cache_gb)
-    engine = RolloutEngine(vlm, args.rollout_rows, args.max_new_tokens, backend=args.rollout_backend)
+    engine = RolloutEngine(
+        vlm,
+        args.rollout_rows,
+        args.max_new_tokens,
+        backend=args.rollout_backend,
+        max_kv_bytes=int(args.kv_gb * 2**30) or None,
+        cuda_graphs=args.cuda_graphs,
+        compiled=args.compile,
+    )
+    here.print(kv_plan(engine, len(prompt.input_ids), G))
 
     # ---- where we are
     steps = args.max_steps or num_steps(len(records), faces_per_step, args.epochs)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from tag.errors import UsageError
 
-# Largest sampled-vs-scored log-prob difference per token. In float32 engine and trainer differ by summation order only;
-# in bfloat16 every layer rounds, so single tokens may differ a good deal while the mean stays small.
-MISMATCH_MAX = {"float32": 1e-4, "bfloat16": 2.0}
-MISMATCH_MEAN = {"float32": 1e-5, "bfloat16": 0.05}
+# Sampled-vs-scored log-prob difference per token: mean, 99th percentile, largest. In float32 engine and trainer differ
+# by summation order only. A state that hangs in the balance magnifies that: in a sound run one token of 200,000 was
+# found at 1.2e-4 (docs/log.md), so the largest is bounded ten times more loosely than the 99th percentile. In bfloat16
+# every layer rounds, so single tokens may differ a good deal while the mean stays small.
+MISMATCH_LIMITS = {"float32": (1e-5, 1e-4, 1e-3), "bfloat16": (0.05, 2.0, 2.0)}
 RATIO_TOLERANCE = 1e-5
 KL_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3}
 
@@ -45,12 +46,14 @@ def mismatch(sampled: Tensor, scored: Tensor, completion_mask: Tensor) -> Mismat
 
 def check_mismatch(found: Mismatch, dtype: str) -> str | None:
     """Sampled and re-scored log-probs agree; the complaint, or None."""
-    if found.max <= MISMATCH_MAX[dtype] and found.mean <= MISMATCH_MEAN[dtype]:
+    mean, p99, largest = MISMATCH_LIMITS[dtype]
+    if found.mean <= mean and found.p99 <= p99 and found.max <= largest:
         return None
     return (
-        f"sampled and re-scored log-probs differ by {found.mean:.2e} on average, {found.max:.2e} at most (allowed in "
-        f"{dtype}: {MISMATCH_MEAN[dtype]:.0e} and {MISMATCH_MAX[dtype]:.0e}); likely causes: stale rollout weights "
-        "(not refreshed after the last update), dropout on in scoring, temperature or top-p applied in sampling only, "
+        f"sampled and re-scored log-probs differ by {found.mean:.2e} on average, {found.p99:.2e} at the 99th "
+        f"percentile, {found.max:.2e} at most (allowed in {dtype}: {mean:.0e}, {p99:.0e}, {largest:.0e}); likely "
+        "causes: stale rollout weights (not refreshed after the last update), dropout on in scoring, temperature or "
+        "top-p applied in sampling only, "
         "padding on another side or log-probs shifted by one, other rotary positions or another face's features in "
         "one of the two, the reference's adapter switched on in scoring. Off everywhere by a little: weights, dropout "
         "or temperature; off by a lot on few tokens: positions or padding"

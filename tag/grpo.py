@@ -47,7 +47,8 @@ def token_logprobs(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, chun
     (default: as many as keep one chunk's logits at 128 MiB).
 
     hidden: (M, H), hidden state *before* each target; lm_head_weight: (V, H); targets: (M,) int64. Returns (M,) fp32.
-    In the backward pass each chunk's logits (chunk_size, V) are computed again. The log-softmax is in fp32.
+    The log-softmax is in fp32. Under a frozen head the gradient is made on the way forward, and no logits are computed
+    in the backward pass; under a trained one each chunk's logits are computed again there.
     """
     return _chunked(hidden, lm_head_weight, targets, chunk_size, with_entropy=False)[0]
 
@@ -182,17 +183,55 @@ def loss_normaliser(completion_mask: Tensor, loss_average: str = "sequence", max
     raise ValueError(f"unknown loss average {loss_average!r}; expected one of {', '.join(LOSS_AVERAGES)}")
 
 
-def _logits_chunk(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
-    logits = (hidden @ lm_head_weight.T).float()  # (chunk, V)
+class _FrozenHead(torch.autograd.Function):
+    """Log-probs under an output head that is not trained, with the gradient to `hidden` made on the way forward.
+
+    d log pi(y) / d hidden = W^T (onehot(y) - p) is known as soon as p is. Kept as (M, H) instead of logits (M, V), it
+    only has to be scaled in the backward pass: no logits there, neither kept nor computed a second time.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, with_entropy: bool):
+        logprobs = torch.empty(len(targets), device=hidden.device)  # (M,) fp32
+        entropy = torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
+        slope = torch.empty_like(hidden)  # (M, H)
+        for start in range(0, len(targets), chunk_size):
+            here = slice(start, start + chunk_size)
+            y = targets[here, None]  # (chunk, 1)
+            logits = (hidden[here] @ weight.T).float()  # (chunk, V)
+            logprobs[here], found, probs = _head_statistics(logits, y, True)
+            if with_entropy:
+                entropy[here] = found
+            # onehot - p before rounding to the head's dtype: of a token nearly certain, little more than that is left.
+            probs.neg_().scatter_add_(1, y, torch.ones_like(y, dtype=probs.dtype))
+            torch.mm(probs.to(weight.dtype), weight, out=slope[here])
+        ctx.save_for_backward(slope)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor, _):
+        (slope,) = ctx.saved_tensors
+        return (slope * grad[:, None]).to(slope.dtype), None, None, None, None
+
+
+def _head_statistics(logits: Tensor, y: Tensor, with_probs: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """logits (chunk, V) fp32, y (chunk, 1) -> log-probs and, if wanted, entropies (chunk,) and probs (chunk, V)."""
     log_z = logits.logsumexp(dim=-1)  # (chunk,)
-    logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_z  # (chunk,)
-    if not with_entropy:
-        return logprobs, logprobs.detach()
+    logprobs = logits.gather(-1, y).squeeze(-1) - log_z  # (chunk,)
+    if not with_probs:
+        return logprobs, None, None
     with torch.no_grad():
         # H = log Z - E[logit]; einsum keeps the product from being a third (chunk, V) tensor.
         probs = (logits - log_z[:, None]).exp_()  # (chunk, V)
-        entropy = log_z - torch.einsum("mv,mv->m", probs, logits)  # (chunk,)
-    return logprobs, entropy
+        return logprobs, log_z - torch.einsum("mv,mv->m", probs, logits), probs
+
+
+def _trained_head(hidden: Tensor, weight: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
+    """One chunk, differentiable in both."""
+    logprobs, entropy, _ = _head_statistics((hidden @ weight.T).float(), targets[:, None], with_entropy)
+    return logprobs, logprobs.detach() if entropy is None else entropy
 
 
 def _chunked(
@@ -201,13 +240,16 @@ def _chunked(
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
         raise ValueError(f"expected hidden (M, H) and targets (M,), got {tuple(hidden.shape)}, {tuple(targets.shape)}")
     chunk_size = chunk_size or max(16, CHUNK_ELEMENTS // len(lm_head_weight))
+    differentiable = torch.is_grad_enabled()
+    if differentiable and hidden.requires_grad and not lm_head_weight.requires_grad:
+        return _FrozenHead.apply(hidden, lm_head_weight, targets, chunk_size, with_entropy)
     logprobs, entropies = [], []
     for start in range(0, len(targets), chunk_size):
         args = (hidden[start : start + chunk_size], lm_head_weight, targets[start : start + chunk_size], with_entropy)
-        if torch.is_grad_enabled() and (hidden.requires_grad or lm_head_weight.requires_grad):
-            chunk, entropy = checkpoint(_logits_chunk, *args, use_reentrant=False)
+        if differentiable and lm_head_weight.requires_grad:
+            chunk, entropy = checkpoint(_trained_head, *args, use_reentrant=False)  # logits computed again, not kept
         else:
-            chunk, entropy = _logits_chunk(*args)
+            chunk, entropy = _trained_head(*args)
         logprobs.append(chunk)
         entropies.append(entropy)
     if not logprobs:

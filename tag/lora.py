@@ -61,7 +61,9 @@ class LoRALinear(nn.Module):
         # The fp32 master weights compute in the activations' dtype (under FSDP they arrive cast already).
         A, B = self.lora_A[self.active].to(x.dtype), self.lora_B[self.active].to(x.dtype)
         x = F.dropout(x, self.dropout[self.active], self.training)
-        return y + F.linear(F.linear(x, A), B) * self.scaling[self.active]
+        h = F.linear(x.reshape(-1, x.shape[-1]), A)  # (tokens, r)
+        # One product that adds into y: as y + s * (h B^T) it would be two more passes over (tokens, out).
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h, B.T, alpha=self.scaling[self.active]).view_as(y)
 
     @torch.no_grad()
     def merged_weight(self, name: str | None) -> Tensor:

@@ -8,6 +8,9 @@ finite differences of that one.
 
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +31,8 @@ from tag.grpo import (
     token_weights,
 )
 from tag.presets import KL_REFERENCES
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # ---------------------------------------------------------------- advantages
 
@@ -98,16 +103,19 @@ def head(M: int = 23, H: int = 16, V: int = 37, seed: int = 0):
     return torch.randn(M, H, requires_grad=True), torch.randn(V, H, requires_grad=True), targets
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("chunk_size", [1, 3, 23, 100, None])
-def test_token_logprobs_equal_log_softmax_with_gradients(chunk_size):
+def test_token_logprobs_equal_log_softmax_with_gradients(chunk_size, frozen):
     hidden, weight, targets = head()
+    trained = (hidden,) if frozen else (hidden, weight)
+    weight.requires_grad_(not frozen)
     pull = torch.randn(len(targets))  # a different weight on each token's gradient
     expected = log_softmax(hidden @ weight.T, dim=-1).gather(1, targets[:, None]).squeeze(1)
-    expected_grads = torch.autograd.grad((expected * pull).sum(), (hidden, weight))
+    expected_grads = torch.autograd.grad((expected * pull).sum(), trained)
 
     found = token_logprobs(hidden, weight, targets, chunk_size)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    grads = torch.autograd.grad((found * pull).sum(), (hidden, weight))
+    grads = torch.autograd.grad((found * pull).sum(), trained)
     for grad, expected_grad in zip(grads, expected_grads):
         torch.testing.assert_close(grad, expected_grad, atol=1e-5, rtol=1e-4)
 
@@ -190,6 +198,49 @@ def test_logits_are_held_one_chunk_at_a_time():
     # The backward pass computes each chunk's logits again: they were not kept, which would be all M x V of them.
     logits = ("mm", torch.Size([chunk, V]))
     assert forward.shapes.count(logits) == backward.shapes.count(logits) == M // chunk
+
+
+def test_under_a_frozen_head_the_backward_pass_needs_no_logits():
+    M, H, V, chunk = 64, 4, 1000, 8
+    hidden, weight, targets = head(M, H, V)
+    weight.requires_grad_(False)
+    with Sizes() as forward:
+        logprobs, entropy = token_logprobs_and_entropy(hidden, weight, targets, chunk)
+    with Sizes() as backward:
+        logprobs.sum().backward()
+    assert forward.largest == chunk * V and backward.largest == M * H
+    assert not entropy.requires_grad
+
+
+def test_bf16_gradient_of_tokens_that_are_nearly_certain():
+    """onehot - p is rounded as a whole: after rounding W^T onehot and W^T p apart, their difference would be noise."""
+    torch.manual_seed(0)
+    weight = torch.randn(50, 64).bfloat16()
+    targets = torch.arange(8)
+    hidden = (0.12 * weight[targets].float()).bfloat16()  # logits of about 8 at the target: p about 0.98
+    found = hidden.clone().requires_grad_()
+    token_logprobs(found, weight, targets).sum().backward()
+    probs = (hidden @ weight.T).double().softmax(-1)  # of the logits as they are, rounded
+    exact = (torch.eye(50)[targets] - probs) @ weight.double()
+    error = (found.grad.double() - exact).norm(dim=1) / exact.norm(dim=1)
+    assert exact.norm(dim=1).min() < 0.002 * weight[0].float().norm() and error.max() < 0.005
+
+
+@pytest.mark.slow
+def test_memory_at_the_real_vocabulary():
+    """4,096 tokens over 152,064 words: the resident memory of forward and backward, measured in a process of its own.
+    All logits would be 2.3 GiB; more tokens cost 512 bytes each and no more (tools/bench_scoring.py measures 32,768).
+    """
+    code = (
+        "import torch; from tag.bench.measure import peak_memory; from tag.grpo import token_logprobs_and_entropy\n"
+        "weight = torch.randn(152_064, 64); targets = torch.randint(152_064, (4096,))\n"
+        "def score(tokens=4096):\n"
+        "    hidden = torch.randn(tokens, 64, requires_grad=True)\n"
+        "    token_logprobs_and_entropy(hidden, weight, targets[:tokens])[0].sum().backward()\n"
+        "score(8); print(peak_memory(score, torch.device('cpu')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 2**27 < int(done.stdout) < 2**30
 
 
 def test_default_chunk_follows_the_vocabulary(monkeypatch):

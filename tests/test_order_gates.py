@@ -203,9 +203,10 @@ def test_mismatch_by_hand():
 
 
 def test_mismatch_limits():
-    assert check_mismatch(Mismatch(9e-6, 0.0, 9e-5), "float32") is None
-    assert check_mismatch(Mismatch(2e-5, 0.0, 9e-5), "float32")  # everywhere a little: wrong weights
-    assert check_mismatch(Mismatch(1e-6, 0.0, 2e-4), "float32")  # one token a lot: wrong position
+    assert check_mismatch(Mismatch(9e-6, 9e-5, 9e-4), "float32") is None
+    assert check_mismatch(Mismatch(2e-5, 9e-5, 9e-5), "float32")  # everywhere a little: wrong weights
+    assert check_mismatch(Mismatch(9e-6, 2e-4, 9e-4), "float32")  # few tokens, more than rounding
+    assert check_mismatch(Mismatch(1e-6, 1e-5, 2e-3), "float32")  # one token a lot: wrong position
     assert check_mismatch(Mismatch(2e-3, 0.0, 0.5), "bfloat16") is None
     for broken in (Mismatch(math.nan, 0.0, 0.0), Mismatch(0.0, 0.0, math.nan), Mismatch(math.inf, 0.0, math.inf)):
         assert check_mismatch(broken, "bfloat16")

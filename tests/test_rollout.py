@@ -17,6 +17,7 @@ import tag.rollout.engine
 from tag.lora import lora_layers, set_adapter
 from tag.rollout import BoxLimit, Prompt, Rollout, RolloutEngine
 from tag.rollout.box_limit import OPENING, token_pieces
+from tag.rollout.budget import free_bytes, plan_kv
 from tag.rollout.hf import left_padded
 from tag.rollout.sampling import sample, top_p_probs, uniforms
 from tag.rollout.schedule import Schedule, slots_needed
@@ -486,14 +487,50 @@ def test_what_cannot_be_sampled_is_refused(vlm, prompts):
         RolloutEngine(vlm, max_rows=0)
 
 
-def test_kv_budget(vlm, prompts):
+def test_rows_are_chosen_to_fit_the_kv_budget(vlm, prompts):
+    expected = make_engine(vlm, max_rows=32).generate(prompts[:8], 8, seeds=range(64))
     engine = make_engine(vlm, max_rows=32, max_kv_bytes=200_000)
-    with pytest.raises(ValueError, match=r"KV cache.*enough for \d+ rows") as caught:
+    assert_same(engine.generate(prompts[:8], 8, seeds=range(64)), expected)
+    plan = engine.plan(max(len(p.input_ids) for p in prompts[:8]), 8, prompts=8)
+    assert 1 <= plan.rows < 32 == plan.asked_rows
+    assert 0 < engine.kv_bytes == engine.stats.kv_bytes == plan.nbytes <= 200_000
+    assert f"{plan.rows} rows (32 asked for)" in str(plan)
+    # With one more row it would not have fitted, and nothing is printed about rows that were not taken away.
+    per_token = plan.nbytes // (plan.slots * plan.prompt_length + plan.rows * (plan.length + 2))
+    larger = plan_kv(per_token, 8, plan.prompt_length, plan.length, plan.rows + 1, 8, 10**18)
+    assert larger.nbytes > 200_000 and "asked for" not in str(larger)
+
+
+def test_a_prompt_too_long_for_the_kv_budget_is_an_error(vlm, prompts):
+    engine = make_engine(vlm, max_kv_bytes=20_000)
+    with pytest.raises(ValueError, match=r"a prompt of \d+ tokens with 24 new ones needs .* MiB of KV cache"):
         engine.generate(prompts[:8], 8)
-    rows = int(str(caught.value).split("enough for ")[1].split()[0])
-    engine = make_engine(vlm, max_rows=rows, max_kv_bytes=200_000)
-    engine.generate(prompts[:8], 8)
-    assert 0 < engine.kv_bytes == engine.stats.kv_bytes <= 200_000
+    with pytest.raises(ValueError, match="2048 positions"):
+        engine.plan(2030, 8)
+
+
+def test_without_a_kv_budget_a_share_of_free_memory_is_taken(vlm, prompts):
+    engine = make_engine(vlm)
+    assert engine.max_kv_bytes is None
+    engine.generate(prompts[:1], 2)
+    assert 2**20 < engine.max_kv_bytes < free_bytes(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("backend", ["engine", "hf"])
+def test_each_completion_may_have_a_limit_of_its_own(vlm, prompts, group, backend):
+    limits = [1 + n % 24 for n in range(48)]
+    engine = make_engine(vlm, max_rows=10, backend=backend)
+    found = engine.generate(prompts[:12], 4, seeds=range(100, 148), max_new_tokens=limits)
+    assert [r.token_ids for r in found] == [r.token_ids[:n] for r, n in zip(group, limits)]
+    assert {r.finish_reason for r in found} == {"stop", "length"}
+    with pytest.raises(ValueError, match="3 length limits"):
+        engine.generate(prompts[:1], 4, max_new_tokens=[1, 2, 3])
+
+
+@pytest.mark.slow
+def test_compiled_steps_change_nothing(vlm, prompts, group):
+    engine = make_engine(vlm, max_rows=10, compiled=True)
+    assert_same(engine.generate(prompts[:12], 4, seeds=range(100, 148)), group)
 
 
 # ---- bookkeeping ------------------------------------------------------------------------------------------------
@@ -517,7 +554,7 @@ def test_schedule(num_prompts, group_size, rows):
         for row in taken:
             assert schedule.slot_of[schedule.owner[row] // group_size] == schedule.cell[row][0] < schedule.live_slots
         owners = sorted(schedule.owner[row] for row in taken)
-        for _source, target in schedule.compact(2):
+        for _source, target in schedule.compact(range(2, schedule.width, 2)):
             assert schedule.cell[target] is not None
         assert sorted(n for n in schedule.owner if n is not None) == owners
         for row in [r for r, n in enumerate(schedule.owner) if n is not None and rng.random() < 0.3]:

@@ -15,6 +15,7 @@ from tag.boxes import Canvas
 from tag.prompts import TAG_PROMPT
 from tag.synth.params import AUS
 from tag.tiny.checkpoint import SPECIAL_TOKENS, make_random
+from tag.tiny.idioms import idiom_batch, make_idioms
 from tag.tiny.language import Packer, decoder
 from tag.tiny.questions import conversation, example_texts
 from tag.tiny.tower import BatchedTower, bin_targets, bins_to_boxes, to_patches
@@ -154,3 +155,17 @@ def test_base_never_sees_the_format():
 def test_coordinate_bins_round_trip():
     boxes = torch.tensor([[3, 100, 250, 511], [40, 41, 333, 480]])
     assert (bins_to_boxes(bin_targets(boxes).log()) - boxes).abs().max() < 4
+
+
+def test_every_ordinary_token_is_somewhere_the_only_right_one(tokenizer):
+    ids = Packer(tokenizer).ordinary_ids()
+    idioms = make_idioms(ids, random.Random(0))
+    later = {token for idiom in idioms for token in idiom[1:]}
+    assert later == set(ids) and not later & set(tokenizer.all_special_ids)
+    tokens, positions, mask, targets = idiom_batch(idioms, random.Random(1), rows=3, width=50)
+    assert tokens.shape == targets.shape == (3, 50) and positions.shape == (3, 3, 50)
+    assert bool((positions.diff(dim=-1) == 1).all()) and bool((mask[0, 0] == torch.ones(50, 50).tril()).all())
+    begins = torch.arange(50) % len(idioms[0]) == len(idioms[0]) - 1  # the next token begins an idiom: a guess
+    assert bool((targets[:, begins] == -100).all())
+    assert bool((targets[:, :-1] == tokens[:, 1:])[:, ~begins[:-1]].all())
+    assert tokens[1, : len(idioms[0])].tolist() in idioms

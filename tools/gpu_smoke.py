@@ -17,15 +17,10 @@ sampled vs re-scored log-probs, gates. Exit code 1 if a gate fails.
 import argparse
 import gc
 import json
-import os
-import platform
 import shlex
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,6 +30,7 @@ from transformers import AutoTokenizer
 
 from tag import dist
 from tag.args import Parser, check, run
+from tag.bench.measure import Stages, hardware
 from tag.checkpoint import run_card
 from tag.data.batching import Group, collate, plan_micro_batches
 from tag.data.faces import Faces
@@ -83,49 +79,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, value)
     check(args.group_size >= 2 and args.prompts >= 1, "--group-size must be at least 2 and --prompts at least 1")
     return args
-
-
-# ---- measuring --------------------------------------------------------------------------------------------------
-
-
-class Stages:
-    """Seconds and peak memory between `lap`s; waits for the device, so that each stage pays for what it started."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.seconds: dict[str, float] = {}
-        self.peak_gib: dict[str, float] = {}
-        self.restart()
-
-    def restart(self) -> None:
-        """What happened since the last lap counts for nothing."""
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """Count the time since the last lap, and the highest memory in it, as `name`."""
-        if self.cuda:
-            torch.cuda.synchronize()
-            self.peak_gib[name] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        self.seconds[name] = round(time.perf_counter() - self.last, 4)
-        self.restart()
-
-
-def hardware(device: torch.device) -> dict:
-    """What this ran on."""
-    found: dict = {"machine": platform.machine(), "cpus": os.cpu_count(), "cpu_threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
-        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            found["driver"] = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.split("\n")[0]
-        except (OSError, subprocess.TimeoutExpired):
-            found["driver"] = "unknown"
-    return found | {"flash_attn": find_spec("flash_attn") is not None}
 
 
 # ---- the two steps ----------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@
 
 Stages: the tokenizer; (1) the vision tower through throw-away heads (tag/tiny/tower.py); (2) the language model on top,
 with free-form questions about faces (tag/tiny/language.py); (3) the same with exercises in repeating words and writing
-tags, which make every token familiar, as to any real base model. It never sees the TAG prompt or trace format.
+tags and with idioms (tag/tiny/idioms.py), which make every token familiar, as to any real base model. It never sees the
+TAG prompt or trace format.
 """
 
 import argparse
@@ -89,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
         clock["language"] = time.time() - begun
         save_checkpoint(out, model, tokenizer)
     begun = time.time()
-    train_language(model, packer, faces, held_out, args.steps_markup, *common, num_boxes=2, num_markup=3, lr=1.5e-3)
+    text = dict(num_boxes=2, num_markup=3, idiom_rows=16, lr=1.5e-3)
+    train_language(model, packer, faces, held_out, args.steps_markup, *common, **text)
     clock["markup"] = time.time() - begun
 
     results = {"fp32": evaluate(model, packer, held_out)}

@@ -27,6 +27,8 @@ import torch
 
 from tag.args import Parser, UsageError, run
 from tag.checkpoint import run_card
+from tag.evaluation.metrics import compare_runs
+from tag.evaluation.predictions import read_predictions
 from tag.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +60,7 @@ MODELS = {  # row of the table -> (stage whose best adapter it is, AU reward)
     "SFT + RLVR": "rlvr",
     "SFT + TAG": "tag",
 }
+PAIRS = (("SFT", "SFT + RLVR"), ("SFT", "SFT + TAG"), ("SFT + RLVR", "SFT + TAG"))
 
 
 def parse_args(argv=None):
@@ -93,7 +96,7 @@ def run_seed(args, profile: dict, data: Path, seed: int) -> dict:
         seconds[name] = stage(
             f"GRPO, AU reward {reward}, seed {seed}", "train_grpo.py", *common, *start, *profile["grpo"]
         )
-    found = {}
+    found, answers = {}, {}
     for model, folder in MODELS.items():
         where = (args.out / "base") if folder is None else out / folder
         adapter = [] if folder is None else ["--adapter", where / "best"]
@@ -102,7 +105,9 @@ def run_seed(args, profile: dict, data: Path, seed: int) -> dict:
         if not (where / "metrics.json").is_file():
             seconds[f"eval {model}"] = stage(f"eval of {model}", *command, "--threads", args.threads, "--out", where)
         found[model] = json.loads((where / "metrics.json").read_text())
-    return {"seed": seed, "metrics": found, "seconds": seconds}
+        answers[model] = read_predictions(where / "predictions.jsonl")
+    paired = {f"{b} against {a}": compare_runs(answers[a], answers[b]) for a, b in PAIRS}
+    return {"seed": seed, "metrics": found, "paired": paired, "seconds": seconds}
 
 
 def table(runs: list[dict]) -> str:
@@ -122,10 +127,27 @@ def table(runs: list[dict]) -> str:
             cells.append(text)
         lines.append(f"| {model} | {' | '.join(cells)} |")
     note = "± standard deviation over seeds" if len(runs) > 1 else "[95 % bootstrap interval over test faces]"
-    return (
-        "\n".join([*lines, "", f"{len(runs)} seed(s), {note}; accuracy counts only answers in the right format."])
-        + "\n"
-    )
+    lines += ["", f"{len(runs)} seed(s), {note}; accuracy counts only answers in the right format.", ""]
+    lines += [
+        "| difference, paired by face | accuracy, points | McNemar's p | AU IoU, points |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in runs[0]["paired"]:
+        found = [r["paired"][name] for r in runs]
+        accuracy, iou = (difference(found, key) for key in ("accuracy_difference", "au_iou_difference"))
+        p = ", ".join(f"{f['mcnemar_p']:.2g}" for f in found)
+        lines.append(f"| {name} | {accuracy} | {p} | {iou} |")
+    return "\n".join(lines) + "\n"
+
+
+def difference(found: list[dict], key: str) -> str:
+    """A difference in points: with its paired 95 % interval (one seed), or mean and spread, each seed in brackets."""
+    values = [100 * (f[key] or 0.0) for f in found]
+    if len(values) == 1:
+        interval = found[0][f"{key}_ci"]
+        return f"{values[0]:+.1f}" + (f" [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]" if interval else "")
+    each = ", ".join(f"{v:+.1f}" for v in values)
+    return f"{statistics.mean(values):+.1f} ± {statistics.stdev(values):.1f} ({each})"
 
 
 def main() -> None:

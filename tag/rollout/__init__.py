@@ -8,6 +8,7 @@ Files, in reading order:
 
     engine.py     the loop: prefill, steps for all rows, taking out what has finished; CUDA graphs
     schedule.py   who decodes where: waiting completions, rows, prompt slots
+    budget.py     how many rows fit into memory
     decoder.py    the language model over merged weights
     cache.py      KV of prompts (once a group) and completions (once a row), and attention over both
     sampling.py   counter-based random numbers, temperature, top-p
@@ -19,7 +20,8 @@ Files, in reading order:
 
 from tag.data.batching import Prompt
 from tag.rollout.box_limit import BoxLimit
+from tag.rollout.budget import kv_plan
 from tag.rollout.engine import RolloutEngine
 from tag.rollout.records import Rollout, RolloutStats
 
-__all__ = ["BoxLimit", "Prompt", "Rollout", "RolloutEngine", "RolloutStats"]
+__all__ = ["BoxLimit", "Prompt", "Rollout", "RolloutEngine", "RolloutStats", "kv_plan"]

@@ -40,8 +40,12 @@ class Layer:
 class TextDecoder:
     """The language model of Qwen2.5-VL, for inference."""
 
-    def __init__(self, config, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, config, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> None:
+        """compiled: `torch.compile` what stands between the matrix products and attention of a decoding step."""
         _check_supported(config)
+        if compiled:
+            self._project = torch.compile(self._project, dynamic=True)
+            self._mlp = torch.compile(self._mlp, dynamic=True)
         self.device, self.dtype, self.eps = device, dtype, config.rms_norm_eps
         self.H, self.V, self.I = config.hidden_size, config.vocab_size, config.intermediate_size
         self.N, self.K = config.num_hidden_layers, config.num_key_value_heads
@@ -128,10 +132,6 @@ class TextDecoder:
         tensors |= {t.data_ptr(): t for t in (self.embed, self.norm, self.head)}
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
-    def kv_bytes(self, tokens: int) -> int:
-        """Bytes of the keys and values of so many tokens."""
-        return self.N * self.K * 2 * self.D * tokens * self.dtype.itemsize
-
     # ---- forward ----------------------------------------------------------------------------------------------
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,7 +165,7 @@ class TextDecoder:
             k, v = (qkv[:, :, j, None].expand(S, K, G, P, D).reshape(S, K * G, P, D) for j in (G, G + 1))
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (S, K * G, P, D)
             attended = attended.transpose(1, 2).reshape(S * P, H)
-            x = self._mlp(torch.addmm(x, attended, layer.o.t()), layer)
+            x = self._mlp(torch.addmm(x, attended, layer.o.t()), layer.post_norm, layer.gate_up, layer.down)
         last = x.view(S, P, H)[torch.arange(S, device=x.device), lengths - 1]  # (S, H)
         return kv, F.linear(self._norm(last, self.norm), self.head)
 
@@ -179,20 +179,24 @@ class TextDecoder:
         cache.begin_step(count)
         x = F.embedding(tokens, self.embed)  # (R, H)
         for i, layer in enumerate(self.layers):
-            qkv = F.linear(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias).view(R, K, G + 2, D)
-            rotate_(qkv[:, :, : G + 1], cos, sin)
+            qkv = self._project(x, layer.input_norm, layer.qkv, layer.qkv_bias, cos, sin)  # (R, K, G + 2, D)
             attended = cache.attend(i, qkv.view(R * K, G + 2, D)).view(R, self.H)
-            x = self._mlp(torch.addmm(x, attended, layer.o.t()), layer)
+            x = self._mlp(torch.addmm(x, attended, layer.o.t()), layer.post_norm, layer.gate_up, layer.down)
         torch.mm(self._norm(x, self.norm), self.head.t(), out=logits)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (self.H,), weight, self.eps)
 
-    def _mlp(self, x: Tensor, layer: Layer) -> Tensor:
+    def _project(self, x: Tensor, norm: Tensor, qkv: Tensor, bias: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries, keys and values of x (R, H), rotated: (R, K, G + 2, D)."""
+        out = F.linear(self._norm(x, norm), qkv, bias).view(len(x), self.K, self.G + 2, self.D)
+        rotate_(out[:, :, : self.G + 1], cos, sin)
+        return out
+
+    def _mlp(self, x: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """x + SwiGLU(norm(x)), x (M, H)."""
-        gate_up = F.linear(self._norm(x, layer.post_norm), layer.gate_up)  # (M, 2 * I)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return torch.addmm(x, F.silu(gate, inplace=True).mul_(up), layer.down.t())
+        gate, up = F.linear(self._norm(x, norm), gate_up).chunk(2, dim=-1)  # (M, I) each
+        return torch.addmm(x, F.silu(gate, inplace=True).mul_(up), down.t())
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -19,12 +19,13 @@ import torch
 
 from tag.data.batching import Prompt
 from tag.rollout.box_limit import BoxLimit
+from tag.rollout.budget import KVPlan, default_budget, kv_bytes_per_token, plan_kv
 from tag.rollout.cache import CacheView, GroupCache
 from tag.rollout.decoder import TextDecoder
 from tag.rollout.records import Rollout, RolloutStats, Sampling, check_request
 from tag.rollout.rows import Rows
 from tag.rollout.sampling import sample
-from tag.rollout.schedule import Schedule, slots_needed
+from tag.rollout.schedule import Schedule
 
 CHECK_EVERY = 4  # steps between looks at what has finished
 PREFILL_TOKENS = 8192  # prompt tokens computed together, at most
@@ -43,10 +44,13 @@ class RolloutEngine:
         backend: str = "engine",
         max_kv_bytes: int | None = None,
         cuda_graphs: bool = False,
+        compiled: bool = False,
     ) -> None:
         """vlm: a tag.vlm.VLM (or anything with its text_config, tokenizer, eos_id, device, compute_dtype and
-        merged_text_weights). max_rows: completions that decode together; memory and speed, never results.
-        cuda_graphs: replay the decoding step as a graph (CUDA only; ignored on a CPU).
+        merged_text_weights). max_rows: completions that decode together, fewer if their keys and values do not fit
+        into max_kv_bytes (None: a share of what is free at the first call). cuda_graphs: replay the decoding step as
+        a graph (CUDA only; ignored on a CPU). compiled: `torch.compile` the decoding step. All of this is memory and
+        speed, never results.
         """
         if backend not in BACKENDS:
             raise ValueError(f"unknown rollout backend {backend!r}; expected one of {', '.join(BACKENDS)}")
@@ -55,7 +59,7 @@ class RolloutEngine:
         self.vlm, self.max_rows, self.max_new_tokens = vlm, max_rows, max_new_tokens
         self.backend, self.max_kv_bytes = backend, max_kv_bytes
         self.static = torch.device(vlm.device).type == "cuda"  # always the same shapes
-        self.cuda_graphs = cuda_graphs and self.static
+        self.cuda_graphs, self.compiled = cuda_graphs and self.static, compiled
         self.decoder: TextDecoder | None = None
         self.rows: Rows | None = None
         self.cache: GroupCache | None = None
@@ -76,13 +80,37 @@ class RolloutEngine:
         if self.backend == "hf":  # generates through the model itself
             return
         if self.decoder is None:
-            self.decoder = TextDecoder(self.vlm.text_config, torch.device(self.vlm.device), self.vlm.compute_dtype)
+            device, dtype = torch.device(self.vlm.device), self.vlm.compute_dtype
+            self.decoder = TextDecoder(self.vlm.text_config, device, dtype, self.compiled)
         self.decoder.load(self.vlm.merged_text_weights(adapter))
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of KV cache held now."""
         return self.cache.nbytes if self.cache is not None else 0
+
+    def plan(
+        self, prompt_tokens: int, group_size: int, max_new_tokens: int | None = None, prompts: int | None = None
+    ) -> KVPlan:
+        """How many rows will decode together, and what their KV cache takes. prompts: how many there are, if known.
+
+        Raises ValueError if not even one row fits, and for more tokens than the model has positions for.
+        """
+        config, limit = self.vlm.text_config, self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if prompt_tokens + limit > config.max_position_embeddings:
+            raise ValueError(
+                f"a prompt of {prompt_tokens} tokens with {limit} new ones is more than the model's "
+                f"{config.max_position_embeddings} positions"
+            )
+        if self.max_kv_bytes is None:  # once: later, what the cache itself holds would count as taken
+            self.max_kv_bytes = default_budget(torch.device(self.vlm.device))
+        P, R, S = prompt_tokens, self.max_rows, self.max_rows
+        if self.static:
+            P = _round_up(P, 32)
+        elif prompts is not None:
+            R, S = min(R, prompts * group_size), prompts
+        per_token = kv_bytes_per_token(config, self.vlm.compute_dtype)
+        return plan_kv(per_token, group_size, P, limit, R, S, self.max_kv_bytes)
 
     # ---- sampling ---------------------------------------------------------------------------------------------
 
@@ -94,14 +122,15 @@ class RolloutEngine:
         seeds: Sequence[int] | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        max_new_tokens: int | None = None,
+        max_new_tokens: int | Sequence[int] | None = None,
         max_boxes: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Rollout]:
         """Sample `group_size` completions of every prompt, in prompt-major order, with the weights last refreshed.
 
         seeds: one for each completion, in that order (None: drawn from torch's generator). temperature 0: the most
-        likely token, always. max_boxes: forbid any `<bbox>` beyond so many. progress: called with (finished, all).
+        likely token, always. max_new_tokens: one limit, or one for each completion. max_boxes: forbid any `<bbox>`
+        beyond so many. progress: called with (finished, all).
 
         A completion is a function of weights, prompt, seed and settings: the other rows, their number and order change
         it only where rounding moves the border between two tokens onto the random number (about 1e-7 a token in fp32;
@@ -110,9 +139,10 @@ class RolloutEngine:
         """
         if not self.refreshed:
             raise RuntimeError("the rollout engine holds no weights yet: call refresh(adapter) before generate")
-        limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        limits = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         sampling = Sampling(temperature, top_p, max_boxes)
-        seeds = check_request(prompts, group_size, seeds, limit, self.vlm.text_config.max_position_embeddings)
+        positions = self.vlm.text_config.max_position_embeddings
+        seeds, limits = check_request(prompts, group_size, seeds, limits, positions)
         if not prompts:
             return []
         if self.backend == "hf":
@@ -120,29 +150,29 @@ class RolloutEngine:
 
             return generate_hf(
                 self.vlm, prompts, group_size, adapter=self.adapter, seeds=seeds, temperature=temperature, top_p=top_p,
-                max_new_tokens=limit, max_boxes=max_boxes, max_rows=self.max_rows, progress=progress,
+                max_new_tokens=limits, max_boxes=max_boxes, max_rows=self.max_rows, progress=progress,
             )  # fmt: skip
-        rollouts = self._run(prompts, group_size, seeds, sampling, limit, progress or (lambda done, total: None))
+        rollouts = self._run(prompts, group_size, seeds, sampling, limits, progress or (lambda done, total: None))
         for rollout in rollouts:
             # Made outside inference mode, so that a loss may use it.
             rollout.logprobs = torch.tensor(rollout.logprobs, dtype=torch.float32)  # (T,)
         return rollouts
 
     @torch.inference_mode()
-    def _run(self, prompts, group_size, seeds, sampling, limit, progress) -> list[Rollout]:
+    def _run(self, prompts, group_size, seeds, sampling, limits, progress) -> list[Rollout]:
         started = time.perf_counter()
-        schedule = self._prepare(prompts, group_size, limit)
+        schedule = self._prepare(prompts, group_size, max(limits))
         done: list[Rollout | None] = [None] * schedule.total
         prefill_tokens = steps = row_steps = 0
         while schedule.num_finished < schedule.total:
             # 1. Free rows go to what is waiting; when nothing is, they are dropped.
             prefill_tokens += self._prefill(schedule.new_prompts(), prompts)
-            self._admit(schedule, prompts, seeds)
+            self._admit(schedule, prompts, seeds, limits)
 
             # 2. Some steps for all rows.
-            rows, cache = self._views(schedule, limit)
+            rows, cache = self._views(schedule, max(limits))
             for _ in range(CHECK_EVERY):
-                self._step(rows, cache, sampling, limit)
+                self._step(rows, cache, sampling)
             schedule.reach = [n + CHECK_EVERY for n in schedule.reach]
             steps += CHECK_EVERY
             row_steps += CHECK_EVERY * schedule.width
@@ -170,13 +200,8 @@ class RolloutEngine:
     def _prepare(self, prompts: Sequence[Prompt], group_size: int, limit: int) -> Schedule:
         """An empty schedule, and rows and cache for it; these are kept from call to call, replaced when too small."""
         decoder = self.decoder
-        R = self.max_rows if self.static else min(self.max_rows, len(prompts) * group_size)
-        S = slots_needed(group_size, R)
-        P = max(len(p.input_ids) for p in prompts)
-        if self.static:
-            P = _round_up(P, 32)
-        else:
-            S = min(S, len(prompts))
+        plan = self.plan(max(len(p.input_ids) for p in prompts), group_size, limit, len(prompts))
+        R, S, P = plan.rows, plan.slots, plan.prompt_length
         T = limit + 1  # a row that has reached its limit marks time in the last column
         schedule = Schedule(len(prompts), group_size, R, S)
         self._prompt_length = P
@@ -184,7 +209,6 @@ class RolloutEngine:
             self.rows.clear()
             return schedule
 
-        self._check_kv_budget(group_size, P, R, T)
         self._graphs.clear()  # they point into the old buffers
         self.rows = self.cache = None  # free before allocating
         where = {"dtype": decoder.dtype, "device": decoder.device}
@@ -192,17 +216,6 @@ class RolloutEngine:
         self.cache = GroupCache(decoder.N, decoder.K, decoder.D, S, P, R, T, **where)
         self._prompt_logits = torch.zeros(S, decoder.V, **where)  # of the first token of each slot's completions
         return schedule
-
-    def _check_kv_budget(self, group_size: int, P: int, R: int, T: int) -> None:
-        def needed(rows: int) -> int:
-            return self.decoder.kv_bytes(slots_needed(group_size, rows) * P + rows * (1 + T))
-
-        if self.max_kv_bytes is not None and needed(R) > self.max_kv_bytes:
-            enough = next((r for r in range(R, 0, -1) if needed(r) <= self.max_kv_bytes), 0)
-            raise ValueError(
-                f"{R} rows of {T - 1} new tokens behind prompts of {P} need {needed(R) / 2**20:.1f} MiB of KV cache, "
-                f"max_kv_bytes allows {self.max_kv_bytes / 2**20:.1f} MiB: enough for {enough} rows (max_rows)"
-            )
 
     def _prefill(self, slot_of: dict[int, int], prompts: Sequence[Prompt]) -> int:
         """Run prompts and store their KV and logits in their slots. Returns the tokens computed."""
@@ -229,7 +242,7 @@ class RolloutEngine:
             computed += S * P
         return computed
 
-    def _admit(self, schedule: Schedule, prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
+    def _admit(self, schedule: Schedule, prompts, seeds: Sequence[int], limits: Sequence[int]) -> None:
         """Start completions in free rows; with none left to start, close the gaps."""
         admitted = schedule.admit()
         if admitted:
@@ -239,12 +252,19 @@ class RolloutEngine:
                 logits=self._prompt_logits[[schedule.cell[row][0] for row in admitted]],
                 positions=[prompts[n // schedule.group_size].next_position for n in numbers],
                 seeds=[seeds[n] for n in numbers],
+                limits=[limits[n] for n in numbers],
             )
-        moves = [] if self.static else schedule.compact(MIN_WIDTH)
-        for source, target in moves:
+        for source, target in schedule.compact(self._widths(schedule.width)):
             self.rows.move(source, target)
             self.cache.move_row(source, target, schedule.reach[target])
         self.cache.seat(schedule.cell, self._slots_in_use(schedule), schedule.per_slot)
+
+    def _widths(self, width: int) -> range | list[int]:
+        """Numbers of rows that decoding may be narrowed to, rising. On a GPU few, because each is a CUDA graph."""
+        if not self.static:
+            return range(MIN_WIDTH, width, MIN_WIDTH)
+        halves = [self.max_rows >> k for k in range(1, self.max_rows.bit_length())]
+        return sorted(w for w in halves if MIN_WIDTH <= w < width)
 
     def _slots_in_use(self, schedule: Schedule) -> int:
         return schedule.num_slots if self.static else schedule.live_slots
@@ -258,16 +278,16 @@ class RolloutEngine:
 
     # ---- one decoding step ------------------------------------------------------------------------------------
 
-    def _step(self, rows: Rows, cache: CacheView, sampling: Sampling, limit: int) -> None:
+    def _step(self, rows: Rows, cache: CacheView, sampling: Sampling) -> None:
         """Sample a token in every row from its logits, then compute the logits of the next."""
         if not self.cuda_graphs:
-            return self._compute_step(rows, cache, sampling, limit)
-        key = (tuple(t.shape for t in (rows.logits, cache.prompt, cache.own, cache.to_cells)), sampling, limit)
+            return self._compute_step(rows, cache, sampling)
+        key = (tuple(t.shape for t in (rows.logits, cache.prompt, cache.own, cache.to_cells)), sampling)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(rows, cache, sampling, limit)
+            self._graphs[key] = self._capture(rows, cache, sampling)
         self._graphs[key].replay()
 
-    def _compute_step(self, rows: Rows, cache: CacheView, sampling: Sampling, limit: int) -> None:
+    def _compute_step(self, rows: Rows, cache: CacheView, sampling: Sampling) -> None:
         # No host synchronisation and no new addresses for what lives on: this is what a CUDA graph records.
         forbidden = None
         if sampling.max_boxes is not None:
@@ -285,7 +305,7 @@ class RolloutEngine:
         self.decoder.step(token, rows.position, rows.count, cache, rows.logits)
         # A finished row stays where it is, and overwrites the same column until it is taken out.
         rows.counters.add_(rows.active)
-        rows.active.mul_((token != self.vlm.eos_id) & (rows.count < limit))
+        rows.active.mul_((token != self.vlm.eos_id) & (rows.count < rows.limit))
 
     def _box_limit(self, max_boxes: int) -> BoxLimit:
         if max_boxes not in self._box_limits:
@@ -293,19 +313,19 @@ class RolloutEngine:
             self._box_limits[max_boxes] = boxes
         return self._box_limits[max_boxes]
 
-    def _capture(self, rows: Rows, cache: CacheView, sampling: Sampling, limit: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, rows: Rows, cache: CacheView, sampling: Sampling) -> torch.cuda.CUDAGraph:
         """Record one step. Warm-up runs are real steps, so the rows are put back as they were afterwards."""
         saved = [t.clone() for t in rows.tensors()]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # warm-up on a side stream, as CUDA graphs require
             for _ in range(2):
-                self._compute_step(rows, cache, sampling, limit)
+                self._compute_step(rows, cache, sampling)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # no two replay at the same time
         with torch.cuda.graph(graph, pool=pool):
-            self._compute_step(rows, cache, sampling, limit)
+            self._compute_step(rows, cache, sampling)
         # KV that warm-up wrote lies at and behind each row's next column: written again before it is read.
         for tensor, value in zip(rows.tensors(), saved):
             tensor.copy_(value)

@@ -29,7 +29,7 @@ def generate_hf(
     seeds: Sequence[int] | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    max_new_tokens: int = 512,
+    max_new_tokens: int | Sequence[int] = 512,
     max_boxes: int | None = None,
     max_rows: int = 64,
     progress: Callable[[int, int], None] | None = None,
@@ -37,7 +37,7 @@ def generate_hf(
     """As `RolloutEngine.generate`, with `adapter` active on `vlm.hf_model` meanwhile."""
     sampling = Sampling(temperature, top_p, max_boxes)
     config = vlm.text_config
-    seeds = check_request(prompts, group_size, seeds, max_new_tokens, config.max_position_embeddings)
+    seeds, limits = check_request(prompts, group_size, seeds, max_new_tokens, config.max_position_embeddings)
     boxes = None
     if max_boxes is not None:
         boxes = BoxLimit(vlm.tokenizer, config.vocab_size, max_boxes, vlm.device)
@@ -46,13 +46,14 @@ def generate_hf(
         for start in range(0, len(seeds), max_rows):
             numbers = range(start, min(start + max_rows, len(seeds)))
             chosen, own_seeds = [prompts[n // group_size] for n in numbers], [seeds[n] for n in numbers]
-            sampler = SeededSampler(own_seeds, max_new_tokens, sampling, boxes, vlm.device)
+            own_limits = [limits[n] for n in numbers]
+            sampler = SeededSampler(own_seeds, max(own_limits), sampling, boxes, vlm.device)
             vlm.hf_model.generate(
                 **left_padded(vlm, chosen),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=max(own_limits),
                 logits_processor=LogitsProcessorList([sampler]),
             )
-            for n, (token_ids, logprobs) in zip(numbers, sampler.completions(vlm.eos_id)):
+            for n, (token_ids, logprobs) in zip(numbers, sampler.completions(vlm.eos_id, own_limits)):
                 reason = "stop" if token_ids[-1] == vlm.eos_id else "length"
                 text = vlm.tokenizer.decode(token_ids, skip_special_tokens=True)
                 index = divmod(n, group_size)
@@ -83,10 +84,11 @@ class SeededSampler(LogitsProcessor):
         self.logprobs.append(logprob)
         return torch.full_like(scores, float("-inf")).scatter_(1, token[:, None], 0.0)
 
-    def completions(self, eos_id: int) -> list[tuple[list[int], list[float]]]:
-        """Token ids and log-probs of each row, up to and with its first end token."""
-        rows = zip(torch.stack(self.tokens, 1).tolist(), torch.stack(self.logprobs, 1).tolist())  # (R, T) each
-        ends = ((t.index(eos_id) + 1 if eos_id in t else len(t), t, p) for t, p in rows)
+    def completions(self, eos_id: int, limits: Sequence[int]) -> list[tuple[list[int], list[float]]]:
+        """Token ids and log-probs of each row, up to and with its first end token, at most `limits` of them."""
+        rows = zip(torch.stack(self.tokens, 1).tolist(), torch.stack(self.logprobs, 1).tolist(), limits)  # (R, T) each
+        cut = ((t[:n], p[:n]) for t, p, n in rows)
+        ends = ((t.index(eos_id) + 1 if eos_id in t else len(t), t, p) for t, p in cut)
         return [(t[:end], p[:end]) for end, t, p in ends]
 
 

@@ -62,27 +62,35 @@ class Sampling:
 
 
 def check_request(
-    prompts: Sequence[Prompt], group_size: int, seeds: Sequence[int] | None, max_new_tokens: int, max_positions: int
-) -> list[int]:
-    """Raise ValueError for what cannot be sampled. Returns one seed a completion, fresh ones where none were given."""
-    if group_size < 1 or max_new_tokens < 1:
-        raise ValueError(f"group_size ({group_size}) and max_new_tokens ({max_new_tokens}) must be positive")
+    prompts: Sequence[Prompt],
+    group_size: int,
+    seeds: Sequence[int] | None,
+    max_new_tokens: int | Sequence[int],
+    max_positions: int,
+) -> tuple[list[int], list[int]]:
+    """Raise ValueError for what cannot be sampled. Returns one seed and one length limit a completion; fresh seeds
+    where none were given."""
+    count = len(prompts) * group_size
+    limits = [max_new_tokens] * max(count, 1) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if group_size < 1 or min(limits, default=1) < 1:
+        raise ValueError(f"group_size ({group_size}) and max_new_tokens ({min(limits)}) must be positive")
+    if not isinstance(max_new_tokens, int) and len(limits) != count:
+        raise ValueError(f"{len(limits)} length limits for {len(prompts)} prompts x {group_size} completions")
     for i, prompt in enumerate(prompts):
-        P = len(prompt.input_ids)
+        P, longest = len(prompt.input_ids), max(limits[i * group_size : (i + 1) * group_size])
         if P == 0:
             raise ValueError(f"prompt {i} is empty")
-        if P + max_new_tokens > max_positions:
+        if P + longest > max_positions:
             raise ValueError(
-                f"prompt {i} has {P} tokens; with {max_new_tokens} new ones that is more than the model's "
+                f"prompt {i} has {P} tokens; with {longest} new ones that is more than the model's "
                 f"{max_positions} positions"
             )
         places = int(prompt.image_mask.sum())
         given = 0 if prompt.image_features is None else len(prompt.image_features)
         if places != given:
             raise ValueError(f"prompt {i} has {places} places for image features, but {given} features")
-    count = len(prompts) * group_size
     if seeds is None:
-        return torch.randint(2**63 - 1, (count,)).tolist()
+        return torch.randint(2**63 - 1, (count,)).tolist(), limits
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts x {group_size} completions")
-    return list(seeds)
+    return list(seeds), limits

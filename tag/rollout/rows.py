@@ -20,13 +20,14 @@ class Rows:
         self.token_ids = torch.zeros(rows, limit + 1, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(rows, limit + 1, device=device)
         self.uniforms = torch.zeros(rows, limit + 1, dtype=torch.float64, device=device)
-        self._state = torch.zeros(5, rows, dtype=torch.long, device=device)
+        self._state = torch.zeros(6, rows, dtype=torch.long, device=device)
         self._name_state()
 
     def _name_state(self) -> None:
         self.counters = self._state[:2]
         self.count, self.position = self.counters  # (R,) tokens sampled; rotary position of the next
-        self.active, self.box_state, self.box_count = self._state[2:]  # (R,) 1 while it grows; the BoxLimit automaton
+        self.active, self.box_state, self.box_count = self._state[2:5]  # (R,) 1 while it grows; the BoxLimit automaton
+        self.limit = self._state[5]  # (R,) tokens it may have at most
 
     def tensors(self) -> list[Tensor]:
         """All of them, the rows first."""
@@ -48,12 +49,20 @@ class Rows:
         view._name_state()
         return view
 
-    def start(self, rows: Sequence[int], logits: Tensor, positions: Sequence[int], seeds: Sequence[int]) -> None:
-        """Begin a completion in each of `rows`: logits (rows, V) and rotary positions of the first token, seeds."""
+    def start(
+        self,
+        rows: Sequence[int],
+        logits: Tensor,
+        positions: Sequence[int],
+        seeds: Sequence[int],
+        limits: Sequence[int],
+    ) -> None:
+        """Begin a completion in each of `rows`: logits (rows, V) and rotary positions of the first token, seeds, and
+        how many tokens it may have."""
         device, n = self.logits.device, len(rows)
         index = torch.tensor(rows, device=device)
         self.logits[index] = logits
-        state = [[0] * n, positions, [1] * n, [0] * n, [0] * n]
+        state = [[0] * n, positions, [1] * n, [0] * n, [0] * n, limits]
         self._state[:, index] = torch.tensor(state, device=device)
         self.uniforms[index] = uniforms(seeds, self.uniforms.shape[1], device)
 

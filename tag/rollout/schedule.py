@@ -5,6 +5,7 @@ when the last completion of its prompt has finished.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from itertools import islice
 
 
@@ -73,13 +74,13 @@ class Schedule:
             self.free_slots.append(self.slot_of.pop(prompt))
         return n
 
-    def compact(self, multiple: int) -> list[tuple[int, int]]:
-        """When nothing waits any more: drop rows that would be computed for nothing, keeping a multiple of `multiple`.
+    def compact(self, widths: Sequence[int]) -> list[tuple[int, int]]:
+        """When nothing waits any more: drop rows that would be computed for nothing, as far as `widths`, rising, allow.
 
         Returns (from, to) of the rows to move to the front.
         """
         taken = [row for row, n in enumerate(self.owner) if n is not None]
-        width = -(-len(taken) // multiple) * multiple
+        width = next((w for w in widths if w >= len(taken)), self.width)
         if self.waiting or width >= self.width:
             return []
         holes = [row for row in range(width) if self.owner[row] is None]

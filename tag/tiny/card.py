@@ -44,8 +44,10 @@ Seconds on this run: {seconds}. Versions: {versions}.
    box of every AU as coordinate bins. On language-model loss alone a model of this size does not learn to look.
 2. The language model on the frozen visual features, cross-entropy on answer tokens: expression, AU list, AU and part
    coordinates (bare `[x1, y1, x2, y2]` on the 512 canvas), descriptions in words.
-3. The same, mixed with text exercises: repeat a passage, set passages in tags of any name. Every token has then been
-   written before, as a real base model's has; without this stage LoRA spends hundreds of steps on teaching tokens.
+3. The same, mixed with text: exercises (repeat a passage, set passages in tags of any name), and a stream of idioms,
+   fixed phrases of random tokens to be learnt by heart (`tag/tiny/idioms.py`). Every token has then been written where
+   nothing else was right, as a real base model's has; without it LoRA spends hundreds of steps on teaching tokens, and
+   sampled traces break where greedy ones do not.
 
 Faces come from seeds outside the train, val and test ranges of `tag.synth.dataset.SPLITS`.
 

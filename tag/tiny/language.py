@@ -53,9 +53,13 @@ class Packer:
 
     def pieces(self) -> list[str]:
         """The text of every ordinary token that is whole characters."""
-        special = set(self._tokenizer.all_special_ids)
-        texts = [self._tokenizer.decode([i]) for i in range(len(self._tokenizer)) if i not in special]
+        texts = [self._tokenizer.decode([i]) for i in self.ordinary_ids()]
         return [t for t in texts if t.isprintable() and "\ufffd" not in t]
+
+    def ordinary_ids(self) -> list[int]:
+        """Ids of all tokens that are not special."""
+        special = set(self._tokenizer.all_special_ids)
+        return [i for i in range(len(self._tokenizer)) if i not in special]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a short text; cached, since questions repeat."""
@@ -134,13 +138,19 @@ def decoder(text: nn.Module, embeds: Tensor, positions: Tensor, mask: Tensor) ->
 
 def language_loss(model: nn.Module, features: Tensor, batch: Batch, forward=decoder) -> Tensor:
     """Mean cross-entropy on the answer tokens; `features` (B, 64, hidden) stand in the image slots."""
-    text = model.model.language_model
-    embeds = text.embed_tokens(batch.ids)
+    embeds = model.model.language_model.embed_tokens(batch.ids)
     before, after = embeds[:, : batch.image_at.start], embeds[:, batch.image_at.stop :]
     embeds = torch.cat([before, features.to(embeds.dtype), after], 1)
-    learnt = batch.targets >= 0
-    hidden = forward(text, embeds, batch.positions, batch.mask)[learnt]
-    return F.cross_entropy(model.lm_head(hidden).float(), batch.targets[learnt])
+    return next_token_loss(model, embeds, batch.positions, batch.mask, batch.targets, forward)
+
+
+def next_token_loss(
+    model: nn.Module, embeds: Tensor, positions: Tensor, mask: Tensor, targets: Tensor, forward=decoder
+) -> Tensor:
+    """Mean cross-entropy where `targets` (B, T) is not -100."""
+    learnt = targets >= 0
+    hidden = forward(model.model.language_model, embeds, positions, mask)[learnt]
+    return F.cross_entropy(model.lm_head(hidden).float(), targets[learnt])
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from tag.boxes import iou
 from tag.labels import CLASSES
 from tag.synth.dataset import render_many
 from tag.synth.params import AUS
-from tag.tiny.language import Packer, answer, decoder, language_loss
+from tag.tiny.idioms import idiom_batch, make_idioms
+from tag.tiny.language import Packer, answer, decoder, language_loss, next_token_loss
 from tag.tiny.questions import BOX_QUESTIONS, EXPRESSION_QUESTIONS, LIST_QUESTIONS, active_aus, conversation
 from tag.tiny.tower import BatchedTower, Heads, bins_to_boxes, to_patches, tower_loss
 
@@ -155,9 +156,10 @@ def train_language(
     log: Log,
     num_boxes: int = 4,
     num_markup: int = 0,
+    idiom_rows: int = 0,
     lr: float = 3e-3,
 ) -> None:
-    """Stage 2 (and with markup exercises 3): the language model on frozen visual features."""
+    """Stage 2 (and with markup exercises and idioms 3): the language model on frozen visual features."""
     started = time.time()
     features = tower_features(model, faces)
     torch.manual_seed(seed)
@@ -171,14 +173,18 @@ def train_language(
     rng = random.Random(seed)
     arrays = [a.numpy() for a in (faces.labels, faces.intensities, faces.boxes)]
     pieces = packer.pieces()
+    idioms = make_idioms(packer.ordinary_ids(), random.Random(0))  # the same for every seed: what one run has memorised
     meter = _Meter(log, name, steps)
     for index in meter.loop(_batches(len(faces), LANGUAGE_BATCH, steps, seed + 1)):
         rows = [conversation(rng, AUS, *(a[i] for a in arrays), num_boxes, num_markup, pieces) for i in index.tolist()]
         batch = packer.batch(rows, LANGUAGE_WIDTH)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = language_loss(model, features[index], batch, forward)
-        optimizer.step(loss)
-        meter.add({"loss": loss.item()})
+            parts = {"loss": language_loss(model, features[index], batch, forward)}
+            if idiom_rows:
+                ids, *rest = idiom_batch(idioms, rng, idiom_rows)
+                parts["idioms"] = next_token_loss(model, text.embed_tokens(ids), *rest)
+        optimizer.step(sum(parts.values()))
+        meter.add({name: part.item() for name, part in parts.items()})
         if (meter.done % 200) == 0 and meter.done < steps:
             log(f"{name} {meter.done}: {evaluate(model, packer, held_out, 60, seed)}")
 
