@@ -365,7 +365,7 @@ def train(args, here: dist.Dist) -> None:
         }
         log.step(step, metrics, show=("reward", "reward_ans", "reward_au", "kl", "grad_norm"))
         if step == 0:
-            log.write(first_step_note(metrics, args.loss_average))
+            log.write(first_step_note(metrics, args.loss_average, args.updates_per_step))
         done = step + 1
         if held_out.due(done):
             engine.refresh("policy")

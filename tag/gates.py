@@ -53,10 +53,9 @@ def check_mismatch(found: Mismatch, dtype: str) -> str | None:
         f"sampled and re-scored log-probs differ by {found.mean:.2e} on average, {found.p99:.2e} at the 99th "
         f"percentile, {found.max:.2e} at most (allowed in {dtype}: {mean:.0e}, {p99:.0e}, {largest:.0e}); likely "
         "causes: stale rollout weights (not refreshed after the last update), dropout on in scoring, temperature or "
-        "top-p applied in sampling only, "
-        "padding on another side or log-probs shifted by one, other rotary positions or another face's features in "
-        "one of the two, the reference's adapter switched on in scoring. Off everywhere by a little: weights, dropout "
-        "or temperature; off by a lot on few tokens: positions or padding"
+        "top-p applied in sampling only, padding on another side or log-probs shifted by one, other rotary positions "
+        "or another face's features in one of the two, the reference's adapter switched on in scoring. Off "
+        "everywhere by a little: weights, dropout or temperature; off by a lot on few tokens: positions or padding"
     )
 
 

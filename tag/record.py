@@ -185,9 +185,13 @@ def load_record(folder: str | os.PathLike, with_state: bool = True) -> StepRecor
             and all(tensors[k].shape == (N, T) for k in PER_TOKEN if k in tensors)
             and tensors["lengths"].shape == tensors["advantages"].shape == (N,)
             and tensors["rewards"].shape == (N, 4)
-            and not tensors["token_ids"].is_floating_point()
+            and tensors["prompt_ids"].ndim == 1
+            and not any(tensors[k].is_floating_point() for k in ("token_ids", "prompt_ids", "lengths"))
+            and int(tensors["token_ids"].min()) >= 0
             and 0 < int(tensors["lengths"].min()) <= int(tensors["lengths"].max()) <= T
         )
+        if not consistent:
+            raise DataError(f"{folder}: record.json and tensors.safetensors do not belong together")
         finite = all(tensors[k].isfinite().all() for k in ("advantages", "sampled_logprobs"))
         finite = finite and bool(tensors["rewards"][:, [0, 1, 3]].isfinite().all())  # R_AU may be absent, which is NaN
         int(meta["step"])
@@ -196,8 +200,6 @@ def load_record(folder: str | os.PathLike, with_state: bool = True) -> StepRecor
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         reason = " ".join(str(e).split())[:120] or type(e).__name__
         raise DataError(f"{folder}: not a step record, or a truncated one ({reason})") from None
-    if not consistent:
-        raise DataError(f"{folder}: record.json and tensors.safetensors do not belong together")
     if not finite:
         raise DataError(f"{folder}: an advantage, reward or sampled log-prob is not a number")
     return StepRecord(meta, tensors, state)

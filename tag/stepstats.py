@@ -133,12 +133,17 @@ class RecordCost:
         )
 
 
-def first_step_note(metrics: dict[str, float], loss_average: str) -> str:
-    """What to print after step 0, where everyone wonders why the loss is 0 and whether anything is learned."""
+def first_step_note(metrics: dict[str, float], loss_average: str, updates: int = 1) -> str:
+    """What to print after step 0, where everyone wonders why the loss is 0 and whether anything is learned.
+
+    updates: inner updates of a step, whose mean the logged loss is.
+    """
     numbers = (
         f"step 0: loss {metrics['loss']:.2e} = policy {metrics['policy_loss']:.2e} + KL {metrics['kl_loss']:.2e}, "
         f"gradient norm {metrics['grad_norm']:.2e}. "
     )
+    if updates > 1:
+        numbers += f"These are means of {updates} inner updates; of the first one: "
     if metrics["groups_flat"] == 1.0:
         return numbers + (
             "Every group is flat: all its completions earn the same, so all advantages are 0 and only KL is left. More "

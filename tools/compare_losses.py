@@ -115,11 +115,9 @@ def is_on_policy(record: StepRecord) -> bool:
     return bool((record.tensors["ratio"][record.completion_mask] == 1).all())
 
 
-def table(record: StepRecord, args: argparse.Namespace) -> dict:
+def table(record: StepRecord, args: argparse.Namespace, model: RecordedModel | None) -> dict:
     """All figures, as they go into the JSON file."""
-    here = dist.setup(args.device, args.threads)
     recorded = Knobs.of(record.meta["args"])
-    model = rebuilt_model(record, args, here)
     scores, policy = policy_and_references(record, recorded, model, args)
     passes = recorded_passes(record) if model is None else None
     rows: list[dict] = []
@@ -223,7 +221,11 @@ def as_markdown(found: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_args(argv)
-    found = table(load_record(find_record(args.record)), args)
+    record = load_record(find_record(args.record))
+    model, broken = rebuilt_model(record, args, dist.setup(args.device, args.threads))
+    if broken and (args.stale or args.policy_from):
+        raise broken
+    found = table(record, args, model)
     print(as_text(found))
     if args.json:
         with replacing(args.json) as f:
@@ -231,6 +233,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.markdown:
         with replacing(args.markdown) as f:
             f.write(as_markdown(found))
+    if broken:  # the table of what needs no model has been shown
+        raise broken
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ model is computed again: rewards, advantages, ratios, clipping, KL, loss, and th
 every token's log-prob. What could not be recomputed is said.
 
 With no flag changed, exit code 0 means that loss and gradient norm are those that the run logged (bit for bit, or up to
-the tolerance that is printed), 1 that they are not. A bad record is exit code 2 and one line.
+the tolerance that is printed), 1 that they are not. A bad record is exit code 2 and one line; where only the model
+cannot be rebuilt (a lost adapter or image), what needs no model is shown first.
 """
 
 import argparse
@@ -108,19 +109,19 @@ def add_model_flags(p: Parser) -> None:
     a("--threads", type=int, default=0, help="CPU threads, 0 = PyTorch's choice")
 
 
-def rebuilt_model(record: StepRecord, args: argparse.Namespace, here: Dist) -> RecordedModel | None:
-    """The model of a record with state, None for one without."""
+def rebuilt_model(
+    record: StepRecord, args: argparse.Namespace, here: Dist
+) -> tuple[RecordedModel | None, DataError | None]:
+    """The model of a record with state, and why there is none: a lost adapter or image, say. (None, None) without
+    state: nobody promised one."""
     if not record.state:
-        return None
-    return RecordedModel(
-        record,
-        here,
-        model=args.model,
-        adapter=args.adapter,
-        image_root=args.image_root,
-        micro_tokens=args.micro_tokens,
-        prefix_sharing=None if args.no_prefix_sharing is None else not args.no_prefix_sharing,
-    )
+        return None, None
+    sharing = None if args.no_prefix_sharing is None else not args.no_prefix_sharing
+    where = dict(model=args.model, adapter=args.adapter, image_root=args.image_root)
+    try:
+        return RecordedModel(record, here, **where, micro_tokens=args.micro_tokens, prefix_sharing=sharing), None
+    except DataError as e:
+        return None, e
 
 
 def find_record(path: str) -> Path:
@@ -302,7 +303,7 @@ def replay(args: argparse.Namespace) -> int:
     check(args.completion <= G, f"--completion {args.completion}: a group holds {G}")
     recorded = Knobs.of(record.meta["args"])
     knobs = recorded.changed(changes(args))
-    model = rebuilt_model(record, args, here)
+    model, broken = rebuilt_model(record, args, here)
     mask, meta = record.completion_mask, record.meta
     print(
         f"{folder.name}: {len(meta['faces'])} faces x {record.group_size} completions, {int(mask.sum())} tokens, "
@@ -310,9 +311,10 @@ def replay(args: argparse.Namespace) -> int:
     )
     if model is None:
         print(
-            "no state.safetensors, so these were not recomputed: the log-probs (taken as recorded) and the gradient of"
+            f"{'the model cannot be rebuilt' if broken else 'no state.safetensors'}, so these were not recomputed: the "
+            "log-probs (taken as recorded), the\ngradient of the parameters. Recomputed: rewards, advantages, ratio, "
+            "clipping, KL, loss, d loss / d log-prob.\n"
         )
-        print("the parameters. Recomputed: rewards, advantages, ratio, clipping, KL, loss, d loss / d log-prob.\n")
         scores = changed_scores = recorded_scores(record)
         passes = recorded_passes(record)
         before = evaluate(record, recorded, scores, passes)
@@ -340,6 +342,8 @@ def replay(args: argparse.Namespace) -> int:
         print_group(record, shown, shown_scores, args)
     if args.set_trace:
         stand_at_the_loss(record, knobs, changed_scores, evaluate(record, knobs, changed_scores).advantages)
+    if broken:  # whatever needs no model has been shown
+        raise broken
     return 0 if good else 1
 
 
