@@ -17,7 +17,7 @@ from tag.boxes import MODEL_SIZE, Canvas, iou, is_valid
 from tag.data.records import AU, DataError, Record, from_line, read_records, to_line
 from tag.labels import CLASSES
 from tag.synth.dataset import (
-    MAX_LOOSENESS,
+    CLEAR_SIGN,
     SPLITS,
     describe,
     face_arrays,
@@ -174,7 +174,8 @@ def test_records_round_trip_and_hold_their_contract():
         assert from_line(to_line(record)) == record
         scores = [a.score for a in record.aus]
         assert scores == sorted(scores, reverse=True) and all(s >= 0.35 for s in scores)
-        assert record.candidates == [a.au for a in record.aus][:3]
+        clear = bool(scores) and scores[0] >= CLEAR_SIGN
+        assert record.candidates == ([a.au for a in record.aus][:3] if clear else [])
         assert record.size == (MODEL_SIZE, MODEL_SIZE)
 
 
@@ -183,18 +184,13 @@ def test_traces_are_well_formed_short_and_name_the_candidates():
     for record in many_records():
         trace = parse(record.trace)
         assert trace.well_formed and trace.answer == record.label
-        looseness = record.provenance["trace_looseness"]
-        for written, au in zip(trace.boxes, record.candidate_aus, strict=True):
-            sides = [(au.box[2] - au.box[0]) * looseness, (au.box[3] - au.box[1]) * looseness] * 2
-            for new, old, more, sign in zip(written, au.box, sides, (-1, -1, 1, 1), strict=True):
-                assert abs(new - min(max(old + sign * more, 0), 511)) <= 1  # the detector's box, generously drawn
+        assert trace.boxes == [a.box for a in record.candidate_aus]
         assert aus_of_boxes(trace) == record.candidates and named_aus(record.trace) == record.candidates
         assert len(record.trace.split()) <= MAX_WORDS
         traces.append(record.trace)
-    shares = [record.provenance["trace_looseness"] for record in many_records()]
-    assert min(shares) < 0.02 and max(shares) > 0.23 and max(shares) <= MAX_LOOSENESS
-    exact = describe(sample_face(7), "train", max_looseness=0)
-    assert parse(exact.trace).boxes == [a.box for a in exact.candidate_aus]
+    counts = [len(record.candidates) for record in many_records()]
+    none, three = (counts.count(k) / len(counts) for k in (0, 3))
+    assert 0.15 < none < 0.27 and 0.62 < three < 0.76  # as in the paper's traces
     openings = {t.split(".")[0] for t in traces}
     assert len(openings) > 30 and len(set(traces)) > 0.95 * len(traces)
 

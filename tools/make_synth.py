@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from tag.data.records import DataError, read_records, resolve_image, write_records
-from tag.synth.dataset import MAX_LOOSENESS, SPLITS, SYNTH_VERSION, split_seeds, write_dataset
+from tag.synth.dataset import SPLITS, SYNTH_VERSION, split_seeds, write_dataset
 from tag.synth.params import DOMAINS, bayes_accuracy
 from tag.synth.sheet import contact_sheet
 
@@ -38,12 +38,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for split in SPLITS:
         p.add_argument(f"--{split}", type=int, default=0, metavar="N", help=f"faces of the {split} split (default 0)")
     p.add_argument("--domain", choices=DOMAINS, default="shaded", help="how the faces are drawn (default shaded)")
-    p.add_argument(
-        "--max-looseness",
-        type=float,
-        default=MAX_LOOSENESS,
-        help="traces' boxes are up to this share wider a side than the detector's, 0 = the same (default %(default)s)",
-    )
     p.add_argument("--seed-offset", type=int, default=0, help="skip this many faces of every split (default 0)")
     p.add_argument("--workers", type=int, default=2, help="processes that draw (default 2)")
     p.add_argument("--contact-sheet", type=Path, metavar="FILE", help="also save an overview of the faces as an image")
@@ -52,8 +46,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error("nothing to do: give --out DIR, --contact-sheet FILE or both")
     if args.workers < 1:
         p.error(f"--workers must be at least 1, got {args.workers}")
-    if not 0 <= args.max_looseness <= 1:
-        p.error(f"--max-looseness must be between 0 and 1, got {args.max_looseness}")
     if args.out is not None and not any(getattr(args, s) > 0 for s in SPLITS):
         p.error("--out needs at least one of --train, --val and --test above 0")
     return args
@@ -87,13 +79,7 @@ def make(args: argparse.Namespace) -> None:
     counts = {split: getattr(args, split) for split in SPLITS}
     for split, count in counts.items():
         split_seeds(split, count, args.seed_offset)  # refuse bad counts before anything is written
-    wanted = {
-        "version": SYNTH_VERSION,
-        "domain": args.domain,
-        "seed_offset": args.seed_offset,
-        "max_looseness": args.max_looseness,
-        "counts": counts,
-    }
+    wanted = {"version": SYNTH_VERSION, "domain": args.domain, "seed_offset": args.seed_offset, "counts": counts}
     if is_complete(args.out, wanted):
         print(f"{args.out} is already complete: {', '.join(f'{s} {n}' for s, n in counts.items())}")
         return
@@ -102,7 +88,7 @@ def make(args: argparse.Namespace) -> None:
             continue
         with tqdm(total=count, desc=split, unit="face") as bar:
             records = write_dataset(
-                args.out, split, count, args.domain, args.workers, args.seed_offset, bar.update, args.max_looseness
+                args.out, split, count, args.domain, args.workers, args.seed_offset, progress=bar.update
             )
         write_records(args.out / f"{split}.jsonl", records)
         aus = sum(len(r.aus) for r in records) / count

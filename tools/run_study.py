@@ -52,7 +52,7 @@ PROFILES = {
         faces=(3200, 256, 1000),
         seeds=[0, 1, 2],
         sft=["--train-faces", "1600", "--epochs", "2", "--eval-every", "0", "--eval-faces", "256"],
-        grpo=["--max-steps", "120", "--eval-every", "20", "--eval-faces", "256"],
+        grpo=["--max-steps", "100", "--eval-every", "20", "--eval-faces", "256"],
     ),
 }
 MODELS = {  # row of the table -> (stage whose best adapter it is, AU reward)
@@ -92,7 +92,7 @@ def run_seed(args, profile: dict, data: Path, seed: int) -> dict:
     out = args.out / f"seed{seed}"
     common = ["--preset", "tiny", "--data", data, "--seed", seed, "--threads", args.threads]
     seconds = {"sft": stage(f"SFT, seed {seed}", "train_sft.py", *common, "--out", out / "sft", *profile["sft"])}
-    for name, reward in (("rlvr", "none"), ("tag", "iou")):
+    for name, reward in (("tag", "iou"), ("rlvr", "none")):
         start = ["--adapter", out / "sft" / "best", "--au-reward", reward, "--out", out / name]
         seconds[name] = stage(
             f"GRPO, AU reward {reward}, seed {seed}", "train_grpo.py", *common, *start, *profile["grpo"]

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from tag.au.facs import AU_TEXT
-from tag.boxes import Box, clip_to_canvas
 from tag.data.records import AU, NUM_CANDIDATES, Record
 from tag.trace import format_box, format_trace
 
@@ -49,13 +48,10 @@ _CONCLUSIONS = (
 )
 
 
-def write_trace(
-    label: str, candidates: Sequence[AU], rng: np.random.Generator | int = 0, looseness: float = 0.0
-) -> str:
+def write_trace(label: str, candidates: Sequence[AU], rng: np.random.Generator | int = 0) -> str:
     """A well-formed trace for `label` naming up to three candidate AUs, strongest first, each with its box.
 
-    `rng` picks the wording; an integer is taken as its seed. `looseness` widens the written boxes by this share of
-    their width and height on every side, as a generous hand draws them. Same arguments, same text.
+    `rng` picks the wording; an integer is taken as its seed. Same arguments, same text.
     """
     if not isinstance(rng, np.random.Generator):
         rng = np.random.default_rng(rng)
@@ -65,19 +61,12 @@ def write_trace(
         if au.au not in AU_TEXT:
             raise ValueError(f"no wording for {au.au}; AU_TEXT has {', '.join(AU_TEXT)}")
         sign = _pick(AU_TEXT[au.au][1], rng)
-        clause = form.format(sign=sign, au=au.au, box=format_box(widen(au.box, looseness)))
+        clause = form.format(sign=sign, au=au.au, box=format_box(au.box))
         sentences.append(clause[0].upper() + clause[1:])
     if not candidates:
         sentences.append(_pick(_NO_AU, rng))
     sentences.append(_pick(_CONCLUSIONS, rng).format(label))
     return format_trace(" ".join(sentences), label)
-
-
-def widen(box: Box, share: float) -> Box:
-    """`box` with `share` of its width and height added on every side, within the canvas."""
-    x1, y1, x2, y2 = box
-    dx, dy = share * (x2 - x1), share * (y2 - y1)
-    return clip_to_canvas((x1 - dx, y1 - dy, x2 + dx, y2 + dy))
 
 
 def write_record_trace(record: Record, rng: np.random.Generator | int = 0) -> str:
