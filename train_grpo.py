@@ -45,7 +45,14 @@ from tag.rewards import AU_KINDS, audit, reward_means, score_completion
 from tag.rollout import RolloutEngine, kv_plan
 from tag.runlog import RunLog
 from tag.stepstats import RecordCost, StepStats, first_step_note
-from tag.trainable import adamw, print_trainable, train_projector, trained_parameters, warmup_lr
+from tag.trainable import (
+    LR_SCHEDULES,
+    adamw,
+    print_trainable,
+    scheduled_lr,
+    train_projector,
+    trained_parameters,
+)
 from tag.vlm import PROJECTOR, load_vlm
 
 PRESETS = {
@@ -55,6 +62,7 @@ PRESETS = {
         dtype="float32",
         lr=2e-4,
         warmup_steps=10,
+        lr_schedule="cosine",
         rollouts_per_step=64,
         max_steps=100,
         max_new_tokens=160,
@@ -104,8 +112,9 @@ def parse_args(argv=None):
     a("--epochs", type=float, default=2.0, help="passes over the training records")
     a("--max-steps", type=int, default=0, help="this many steps instead of --epochs")
     a("--updates-per-step", type=int, default=1, help="optimizer updates on each batch of rollouts (mu)")
-    a("--lr", type=float, default=1e-6, help="learning rate (AdamW), constant after the warm-up")
-    a("--warmup-steps", type=int, default=0)
+    a("--lr", type=float, default=1e-6, help="learning rate after the warm-up (AdamW)")
+    a("--warmup-steps", type=int, default=0, help="steps with rising learning rate")
+    a("--lr-schedule", choices=LR_SCHEDULES, default="constant", help="what follows: constant, or cosine to 0")
     a("--weight-decay", type=float, default=0.01)
     a("--clip-norm", type=float, default=1.0, help="largest gradient norm, 0 = no clipping")
     a("--seed", type=int, default=0)
@@ -278,7 +287,7 @@ def train(args, here: dist.Dist) -> None:
         # 6. Update: ratio, clip, KL (tag/grpo.py), backward, step. At the first inner update pi_old is pi_theta itself.
         old_logprobs = torch.zeros(N, T, device=here.device)  # (N, T)
         complaints: list[str] = []
-        lr = warmup_lr(step, args.lr, args.warmup_steps)
+        lr = scheduled_lr(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
         for update in range(args.updates_per_step):
             stats = clock.new_update()
             for k, batch in enumerate(batches):

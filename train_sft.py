@@ -36,7 +36,7 @@ from tag.lora import add_lora, load_adapter, save_adapter
 from tag.rollout import RolloutEngine
 from tag.runlog import RunLog
 from tag.trace import strip_boxes
-from tag.trainable import adamw, cosine_lr, print_trainable, train_projector, trained_parameters
+from tag.trainable import adamw, print_trainable, scheduled_lr, train_projector, trained_parameters
 from tag.vlm import PROJECTOR, load_vlm
 
 PRESETS = {
@@ -199,7 +199,7 @@ def train(args, here: dist.Dist) -> None:
 
         # 4. Update.
         grad_norm = dist.clip_gradients(list(params.values()), args.clip_norm)
-        lr = cosine_lr(step, steps, args.lr, args.warmup)
+        lr = scheduled_lr(step, steps, args.lr, max(1, round(args.warmup * steps)), "cosine")
         for group in optimizer.param_groups:
             group["lr"] = lr
         check(math.isfinite(grad_norm), f"step {step}: the gradient is not finite; the last checkpoint is untouched")

@@ -20,7 +20,7 @@ from tag.errors import DataError
 from tag.lora import copy_adapter, load_adapter, set_adapter, set_dropout, set_trainable
 from tag.record import StepRecord
 from tag.replay import Knobs, Outcome, Scores, evaluate, face_records, inner_updates, layout, pass_masks
-from tag.trainable import adamw, train_projector, trained_parameters, warmup_lr
+from tag.trainable import adamw, scheduled_lr, train_projector, trained_parameters
 from tag.vlm import DTYPES, load_vlm
 
 
@@ -134,7 +134,8 @@ class RecordedModel:
         """One inner update as the run made it: gradient, clip, AdamW. lr: instead of the run's."""
         found = self.outcome(knobs, scores)
         dist.clip_gradients(list(self.params.values()), self.args["clip_norm"])
-        scheduled = warmup_lr(int(self.record.meta["step"]), self.args["lr"], self.args["warmup_steps"])
+        step, steps = int(self.record.meta["step"]), int(self.record.meta["steps"])
+        scheduled = scheduled_lr(step, steps, *(self.args[a] for a in ("lr", "warmup_steps", "lr_schedule")))
         for group in self.optimizer.param_groups:
             group["lr"] = scheduled if lr is None else lr
         if math.isfinite(found.grad_norm):
@@ -170,6 +171,7 @@ _ARGUMENTS = {
     "weight_decay": int | float,
     "clip_norm": int | float,
     "warmup_steps": int,
+    "lr_schedule": str,
 }
 
 

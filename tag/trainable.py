@@ -8,6 +8,8 @@ from torch import nn
 from tag.dist import Dist
 from tag.lora import LoRALinear
 
+LR_SCHEDULES = ("constant", "cosine")
+
 
 def train_projector(vlm: nn.Module, on: bool = True) -> None:
     """Train the projector in full, with float32 master weights (it computes in the model's dtype), or freeze it."""
@@ -29,18 +31,19 @@ def adamw(params: dict[str, nn.Parameter], lr: float, weight_decay: float) -> to
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr)
 
 
-def cosine_lr(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Learning rate of `step` (0-based): linear up over the first `warmup` share of the steps, then cosine to 0."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return peak * (step + 1) / rising
-    progress = (step - rising) / max(1, steps - rising)
+def scheduled_lr(step: int, steps: int, peak: float, warmup_steps: int, schedule: str = "constant") -> float:
+    """Learning rate of `step` (0-based) of `steps`: linear up over `warmup_steps`, then constant, or cosine to 0.
+
+    Raises ValueError for another schedule.
+    """
+    if schedule not in LR_SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; expected one of {', '.join(LR_SCHEDULES)}")
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     return 0.5 * peak * (1.0 + math.cos(math.pi * progress))
-
-
-def warmup_lr(step: int, peak: float, warmup_steps: int) -> float:
-    """Learning rate of `step` (0-based): linear up over `warmup_steps`, then constant."""
-    return peak * min(1.0, (step + 1) / max(1, warmup_steps))
 
 
 def trainability_table(model: nn.Module) -> list[tuple[str, str, int, int]]:

@@ -31,12 +31,11 @@ from tag.lora import (
 )
 from tag.trainable import (
     adamw,
-    cosine_lr,
     print_trainable,
+    scheduled_lr,
     train_projector,
     trainability_table,
     trained_parameters,
-    warmup_lr,
 )
 from tag.vlm import PROJECTOR, VLM
 
@@ -441,10 +440,12 @@ def test_projector_master_weights_are_fp32_and_compute_in_the_models_dtype(fresh
 
 
 def test_learning_rates():
-    rates = [cosine_lr(step, 100, 2.0, 0.1) for step in range(100)]
+    rates = [scheduled_lr(step, 100, 2.0, 10, "cosine") for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
     assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.01
     assert rates[10:] == sorted(set(rates[10:]), reverse=True)
-    assert cosine_lr(0, 1, 2.0, 0.03) == 2.0
-    assert [warmup_lr(step, 3.0, 3) for step in range(5)] == pytest.approx([1, 2, 3, 3, 3])
-    assert warmup_lr(0, 3.0, 0) == 3.0
+    assert scheduled_lr(0, 1, 2.0, 1, "cosine") == 2.0
+    assert [scheduled_lr(step, 9, 3.0, 3) for step in range(5)] == pytest.approx([1, 2, 3, 3, 3])
+    assert scheduled_lr(0, 9, 3.0, 0) == 3.0
+    with pytest.raises(ValueError, match="linear"):
+        scheduled_lr(0, 9, 3.0, 0, "linear")
