@@ -74,8 +74,11 @@ class Knobs:
         for name in ("format_bonus", "clip_eps", "clip_eps_high", "beta", "max_new_tokens"):
             value = getattr(knobs, name)
             optional = name == "clip_eps_high" and value is None
-            if not optional and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise DataError(f"the record's {name} is {value!r}, not a number")
+            number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
+            if not optional and not number:
+                raise DataError(f"the record's {name} is {str(value)[:40]!r}, not a number that a run can have had")
+        if args.get("dtype") not in TOLERANCE or not isinstance(args.get("model"), str):
+            raise DataError("the record's arguments name no dtype or no model: not a record of train_grpo.py")
         return knobs
 
     def changed(self, changes: dict) -> "Knobs":
@@ -129,7 +132,7 @@ class Outcome:
 def recorded_scores(record: StepRecord) -> Scores:
     """The log-probs that the run itself computed; `policy` is that of the last inner update."""
     tensors = record.tensors
-    missing = [name for name in ("logprobs", "old_logprobs", "sampled_logprobs") if name not in tensors]
+    missing = [name for name in ("logprobs", "old_logprobs", "sampled_logprobs", "ratio") if name not in tensors]
     if missing:
         raise DataError(f"the record holds no {missing[0]}")
     known = record.meta["args"].get("kl_reference")
@@ -266,10 +269,11 @@ def logged(record: StepRecord) -> dict[str, float]:
     """What the run logged of the step's last inner update: sums over its tokens, and the gradient norm."""
     try:
         sums = {name: float(value) for name, value in record.meta["loss"].items()}
+        int(sums["tokens"])
         return {"grad_norm": float(record.meta["grad_norm"])} | {
             name: sums[name] for name in ("loss", "policy_loss", "kl_loss", "tokens")
         }
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise DataError("the record does not say what the run logged of its step (loss, grad_norm)") from None
 
 

@@ -1,12 +1,15 @@
-"""The documentation is true: paths, flags, commands, names, logged metrics and worked examples are checked here.
+"""The documentation is true: paths, flags, commands, names, lines, logged metrics and worked examples are checked here.
 
 pytest tests/test_docs.py
+python -m tests.test_docs      # after code has moved: writes line numbers and the output of commands anew; look at
+                               # the difference before it is committed
 """
 
 import ast
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import io
 import json
 import re
@@ -271,7 +274,142 @@ def test_every_dependency_has_its_reason():
                 assert re.search(rf"\b{package}\b", text), package
 
 
+# ---------------------------------------------------------------- lines of code
+
+
+ANCHOR = re.compile(r"`([\w/]+\.py):(\d+)`")
+
+
+def anchors(page: Path) -> Iterator[tuple[str, int, str, str, str]]:
+    """(file, line number, code that stands there, function, the page's line) of every `file.py:12` on a page: the code
+    is the last code span of the line, the function the first dotted name in it."""
+    for line in text_of(page).splitlines():
+        for file, number in ANCHOR.findall(line):
+            spans = re.findall(r"`([^`]+)`", line)
+            function = next((span for span in spans if re.fullmatch(r"tag(\.\w+)+", span)), "")
+            yield file, int(number), spans[-1], function, line
+
+
+def lines_with(file: str, code: str) -> list[int]:
+    """Line numbers of a file that hold some code."""
+    return [i for i, line in enumerate((ROOT / file).read_text(encoding="utf-8").splitlines(), 1) if code in line]
+
+
+def span_of(function: str) -> range:
+    """The lines of a function or method, by its dotted name."""
+    module, found, name = importlib.import_module("tag"), None, ""
+    for word in function.split(".")[1:]:
+        name = f"{module.__name__}.{word}"
+        with contextlib.suppress(ModuleNotFoundError):
+            module = importlib.import_module(name)
+            continue
+        found = getattr(found or module, word)
+    lines, first = inspect.getsourcelines(found)
+    return range(first, first + len(lines))
+
+
+@pages
+def test_lines_are_where_the_page_says(page):
+    for file, number, code, function, line in anchors(page):
+        there = lines_with(file, code)
+        assert there == [number], f"{code!r} is at {file}:{there}, not {number}: python -m tests.test_docs\n{line}"
+        if function:
+            assert number in span_of(function), f"{file}:{number} is not in {function}"
+
+
+def test_every_equation_has_its_lines():
+    rows = [line.split("|")[1] for *_, line in anchors(ROOT / "docs" / "grpo.md")]
+    assert {f"Eq. {n}" for n in range(1, 6)} <= {row.strip() for row in rows}
+
+
 # ---------------------------------------------------------------- worked examples
+
+
+NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?![\w.]\d)")
+
+
+def words_of(line: str) -> str:
+    """A line without its numbers. Another processor may sum in another order: that is rounding, and said as such."""
+    return " ".join(NUMBER.sub(" # ", line.replace("within 1e-06", "bit for bit")).split())
+
+
+def same_words(a: str, b: str) -> bool:
+    """Whether two lines differ by their numbers alone."""
+    return words_of(a) == words_of(b)
+
+
+def same_line(a: str, b: str) -> bool:
+    """Whether two lines say the same, up to rounding."""
+    numbers = [[float(x) for x in NUMBER.findall(line.replace("within 1e-06", ""))] for line in (a, b)]
+    return same_words(a, b) and numbers[0] == pytest.approx(numbers[1], rel=2e-3, abs=2e-6)
+
+
+def excerpt(told: list[str], found: list[str], same: Callable[[str, str], bool]) -> list[str] | None:
+    """What an excerpt ("..." for any lines) quotes of an output, as the output has it; None if it does not fit."""
+    parts: list[list[str]] = [[]]
+    for line in told:
+        parts.append([]) if line == "..." else parts[-1].append(line)
+    out, at = [], 0
+    for k, part in enumerate(parts):
+        end = len(found) - len(part)
+        starts = [at] if k == 0 else range(at, end + 1)
+        if k == len(parts) - 1 and part:  # nothing follows it
+            starts = [i for i in starts if i == end]
+        start = next((i for i in starts if i <= end and all(map(same, found[i:], part))), None)
+        if start is None:
+            return None
+        at = start + len(part)
+        out += ["..."] * (k > 0) + found[start:at]
+    return out
+
+
+def shown_commands() -> Iterator[tuple[Path, str, str]]:
+    """(page, a command, the output that stands right behind it)."""
+    block = re.compile(r"^```bash\n(python [^\n]+)\n```\n\n```text\n(.*?)^```$", re.S | re.M)
+    for page in PAGES:
+        for command, output in block.findall(text_of(page)):
+            yield page, command, output
+
+
+def output_of(command: str) -> list[str]:
+    """Lines that one of our tools prints, run in the repository's root. It must end with exit code 0."""
+    words = shlex.split(command, comments=True)
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr("sys.argv", words[1:])
+        try:
+            load(words[1]).main()
+        except SystemExit as e:
+            assert not e.code, f"{command}: exit code {e.code}"
+    return out.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("page, command, told", shown_commands())
+def test_commands_print_what_the_page_shows(page, command, told):
+    found = output_of(command)
+    assert excerpt(told.splitlines(), found, same_line), f"{command} prints\n" + "\n".join(found)
+
+
+def test_an_excerpt_must_fit():
+    found = ["a 1", "b 2", "c 3.00", "d 4"]
+    for told in (
+        ["a 1", "b 2", "c 3", "d 4"],
+        ["a 1", "..."],
+        ["...", "c 3.001", "..."],
+        ["...", "d 4"],
+        ["a 1", "...", "d 4"],
+    ):
+        assert excerpt(told, found, same_line)
+    for told in (
+        ["a 1"],
+        ["b 2", "..."],
+        ["...", "c 3"],
+        ["...", "c 3.1", "..."],
+        ["...", "d 4", "c 3"],
+        ["a 1", "...", "e 4"],
+    ):
+        assert excerpt(told, found, same_line) is None
+    assert excerpt(["...", "c 9", "..."], found, same_words) == ["...", "c 3.00", "..."]
 
 
 def examples() -> Iterator[tuple[str, str, str | None]]:
@@ -292,3 +430,36 @@ def test_examples_say_what_they_print(name, code, output):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(compile(code, name, "exec"), {})
     assert out.getvalue() == output
+
+
+# ---------------------------------------------------------------- written anew
+
+
+def refreshed(page: Path) -> str:
+    """A page with its line numbers and the outputs of its commands as they are now."""
+    lines = text_of(page).splitlines(keepends=True)
+    for i, line in enumerate(lines):
+        for file, number in ANCHOR.findall(line):
+            there = lines_with(file, re.findall(r"`([^`]+)`", line)[-1])
+            if len(there) == 1:
+                lines[i] = lines[i].replace(f"`{file}:{number}`", f"`{file}:{there[0]}`")
+            else:
+                print(f"{page.name}: which line is this? {line.strip()} (there are {there})")
+    text = "".join(lines)
+    for other, command, told in shown_commands():
+        if other == page:
+            found = output_of(command)
+            new = excerpt(told.splitlines(), found, same_words) if "..." in told.splitlines() else found
+            if new is None:
+                print(f"{page.name}: the excerpt of {command} fits no more")
+            else:
+                head = f"{command}\n```\n\n```text\n"
+                text = text.replace(f"{head}{told}```", head + "".join(f"{line}\n" for line in new) + "```")
+    return text
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        if (text := refreshed(path)) != text_of(path):
+            path.write_text(text, encoding="utf-8")
+            print(f"{path.relative_to(ROOT)}: rewritten")

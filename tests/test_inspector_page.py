@@ -56,7 +56,7 @@ def page(fake: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The inspector of `fake`."""
     out = tmp_path_factory.mktemp("page") / "inspector.html"
     written = write_inspector(out, fake)
-    assert (written.records, written.groups, written.notes) == (3, 9, [])
+    assert (written.records, written.groups, written.notes, written.problems) == (3, 9, [], [])
     return out
 
 
@@ -240,18 +240,54 @@ def test_what_is_broken_is_noted_beside_what_is_good(copy, tmp_path, capsys):
     meta["args"]["model"] = str(tmp_path / "no-model")
     meta_file.write_text(json.dumps(meta))
     out = tmp_path / "page.html"
-    assert inspect(copy, "--out", out) == 0
+    assert inspect(copy, "--out", out) == 2
     said = capsys.readouterr()
-    assert "2 recorded steps, 6 groups" in said.out and "step-000000 left out" in said.err
+    assert "2 recorded steps, 6 groups" in said.out and said.err.count("\n") == 1
+    assert said.err.startswith(f"error: {out} is incomplete: run.json is missing or broken") and "3 more" in said.err
     tree = read(out)
+    notes = "".join(tree.text)
+    assert "step-000000 left out" in notes and "3 faces are shown without their image" in notes
     faces = [group["face"] for group in tree.data["step-4"]["groups"]]
     assert [face["image"] for face in faces] == [None] * 3
     assert "sha256" in faces[0]["why"] and all("not found" in face["why"] for face in faces[1:])
-    assert (
-        "no tokenizer" in said.err and "run.json is missing or broken" in said.err and "without their image" in said.err
-    )
+    assert "no tokenizer" in notes and "run.json is missing or broken" in notes
     completion = tree.data["step-4"]["groups"][0]["completions"][0]
     assert completion["text"] == visible(meta["completions"][0]["text"]) and "odd" not in completion
+
+
+BROKEN = {
+    "of another version": "a record of format 99",
+    "truncated": "truncated",
+    "image": "1 faces are shown without their image",
+    "metrics": "no metrics.jsonl",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_one_thing_broken_is_one_line_and_the_rest_is_shown(copy, kind, capsys):
+    folder = copy / "records" / "step-000004"
+    card, tensors = folder / "record.json", folder / "tensors.safetensors"
+    meta = json.loads(card.read_text())
+    if kind == "of another version":
+        card.write_text(json.dumps(meta | {"format": 99}))
+    elif kind == "truncated":
+        tensors.write_bytes(tensors.read_bytes()[:-40])
+    elif kind == "image":
+        meta["faces"][1]["record"]["image"] = "gone.png"
+        card.write_text(json.dumps(meta))
+    elif kind == "metrics":
+        (copy / "metrics.jsonl").unlink()
+    assert inspect(copy) == 2 and BROKEN[kind] in one_line(capsys)
+    tree = read(copy / "inspector.html")
+    shown = [record["step"] for record in tree.data["run-data"]["records"]]
+    assert shown == ([0, 2, 4] if kind in ("image", "metrics") else [0, 2])
+    assert BROKEN[kind] in "".join(tree.text)
+
+
+def test_what_was_left_out_as_asked_is_no_error(fake, tmp_path, capsys):
+    assert inspect(fake, "--max-steps", 2, "--out", tmp_path / "page.html") == 0
+    said = capsys.readouterr()
+    assert "note: 2 of 3 recorded steps are shown" in said.out and said.err == ""
 
 
 def test_one_record_folder_or_another_tokenizer_will_do(copy, tmp_path):
@@ -259,6 +295,9 @@ def test_one_record_folder_or_another_tokenizer_will_do(copy, tmp_path):
         tmp_path / "one.html", copy / "records" / "step-000002", max_groups=2, tokenizer=str(TINY_MODEL)
     )
     assert (written.records, written.groups, written.notes) == (1, 2, [])
+    alone = shutil.copytree(copy / "records" / "step-000002", tmp_path / "mailed")
+    written = write_inspector(tmp_path / "mailed.html", alone)
+    assert (written.records, written.problems) == (1, []) and "no charts" in written.notes[0]
     record = load_record(copy / "records" / "step-000004")
     assert (
         isinstance(record, StepRecord) and load_record(copy / "records" / "step-000004", with_state=False).state == {}

@@ -372,7 +372,7 @@ def test_the_first_step_is_explained():
     note = first_step_note(metrics, "sequence")
     assert "gradient norm 5.30e-01" in note and "add up to 0 in each group" in note and "not loss" in note
     assert "not quite 0" in first_step_note(metrics, "token") and "inner updates" not in note
-    assert "mean of 2 inner updates" in first_step_note(metrics, "sequence", updates=2)
+    assert "means of 2 inner updates" in first_step_note(metrics, "sequence", updates=2)
     assert "Every group is flat" in first_step_note(metrics | {"groups_flat": 1.0}, "sequence")
 
 

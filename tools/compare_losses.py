@@ -91,7 +91,8 @@ def policy_and_references(
     """The log-probs to compare losses at, and which policy that is, in words."""
     if model is None:
         check(not args.stale and not args.policy_from, "--stale and --policy-from need a record with state.safetensors")
-        return recorded_scores(record), "the policy that sampled" if is_on_policy(record) else "the last inner update"
+        scores = recorded_scores(record)
+        return scores, "the policy that sampled" if is_on_policy(record) else "the last inner update"
     scores = model.scores(recorded, ("base", "sft"), more=args.stale, lr=args.stale_lr)
     if args.stale:
         rate = "the run's learning rate" if args.stale_lr is None else f"learning rate {args.stale_lr:g}"

@@ -9,8 +9,8 @@ Shows the run's curves with a slider over its steps, and for every recorded step
 groups: face and detector boxes, the G completions with each token coloured by advantage, log-prob, ratio, clipping, KL,
 entropy or mismatch, the boxes they wrote, and how reward, advantage and loss came about, number by number.
 
-A record or image that cannot be read is noted on the page. Exit code 2 with one line if no record can be shown; the
-page then holds the charts, if there are any.
+Whatever can be shown is shown. A record, image or tokenizer that cannot be read is noted on the page, and the exit code
+is 2, with one line that names the first such thing; if no record can be read, the page holds the charts alone.
 """
 
 import sys
@@ -46,11 +46,15 @@ def main() -> None:
     except OSError as e:
         raise DataError(f"{e.filename or out}: {e.strerror or e}") from None
     if not written.records:
-        why = next((note for note in written.notes if "left out" in note), "train with --record-every")
+        why = written.problems[0] if written.problems else "train with --record-every"
         raise DataError(f"{args.run}: no step record to show ({why}); {out} holds the charts only")
-    for note in written.notes:
-        print(f"note: {note}", file=sys.stderr)
     print(f"{out}: {written.records} recorded steps, {written.groups} groups, {out.stat().st_size / 2**20:.1f} MB")
+    for note in written.notes:
+        if note not in written.problems:
+            print(f"note: {note}")
+    if written.problems:
+        more = len(written.problems) - 1
+        raise DataError(f"{out} is incomplete: {written.problems[0]}{f'; {more} more on the page' * (more > 0)}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ class Written:
 
     records: int  # steps with their groups; 0: the charts only
     groups: int
-    notes: list[str]  # what could not be shown, and why
+    notes: list[str]  # what is not shown, and why
+    problems: list[str]  # those of the notes that name something broken or missing
 
 
 def write_inspector(
@@ -65,7 +66,7 @@ def write_inspector(
     chosen = choose_records(run.records, max_steps, gates)
     if len(chosen) < len(run.records):
         run.notes.append(f"{len(chosen)} of {len(run.records)} recorded steps are shown (--max-steps)")
-    pieces = load_pieces(tokenizer or run.args.get("model"), run.notes) if chosen else None
+    pieces = load_pieces(tokenizer or run.args.get("model"), run) if chosen else None
     faces = FaceImages(image_root or run.args.get("image_root") or run.args.get("data"))
 
     blocks, views, vocabulary, broken = [], [], {}, []
@@ -93,12 +94,12 @@ def write_inspector(
         view.data["groups"] = len(view.data["groups"])  # the block holds them; here they would only take memory
         views.append(view)
     views.sort(key=lambda view: view.data["step"])
-    run.notes += broken
     doubts = Counter(note for view in views for note in view.data["notes"])
-    run.notes += [f"{note} ({count} of {len(views)} steps)" for note, count in doubts.items()]
+    for problem in (*broken, *(f"{note} ({count} of {len(views)} steps)" for note, count in doubts.items())):
+        run.problem(problem)
     if faces.missing:
         first = f"{faces.missing[0]}; is --image-root right?"
-        run.notes.append(f"{len(faces.missing)} faces are shown without their image, the first: {first}")
+        run.problem(f"{len(faces.missing)} faces are shown without their image, the first: {first}")
     if not views and not run.columns:
         raise DataError(f"{folder}: no step record to show ({broken[0] if broken else 'there is none'})")
 
@@ -113,7 +114,7 @@ def write_inspector(
     page = _page(run, views, groups, "".join(blocks), script_json(data))
     with replacing(out_html) as f:
         f.write(page)
-    return Written(len(views), groups, run.notes)
+    return Written(len(views), groups, run.notes, run.problems)
 
 
 class FaceImages:
@@ -149,7 +150,7 @@ class FaceImages:
         return image_uri(Canvas(*image.size).letterbox(image, MODEL_SIZE), 88), ""
 
 
-def load_pieces(source: Any, notes: list[str]) -> Pieces | None:
+def load_pieces(source: Any, run: Run) -> Pieces | None:
     """The run's tokenizer, from disk or the hub's cache, never from the network; None with a note if there is none."""
     from transformers import AutoTokenizer
 
@@ -162,7 +163,7 @@ def load_pieces(source: Any, notes: list[str]) -> Pieces | None:
         return Pieces(AutoTokenizer.from_pretrained(folder, local_files_only=True))
     except Exception as e:  # the tokenizers library raises bare Exception on a broken file
         reason = " ".join(str(e).split())[:100]
-        notes.append(f"no tokenizer {source!r} ({reason}): tokens are shown by their ids; --tokenizer names another")
+        run.problem(f"no tokenizer {source!r} ({reason}): tokens are shown by their ids; --tokenizer names another")
         return None
 
 

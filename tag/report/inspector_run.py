@@ -38,7 +38,13 @@ class Run:
     steps: list[int] = field(default_factory=list)
     columns: dict[str, list[float | None]] = field(default_factory=dict)  # each as long as `steps`
     records: list[Path] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what could not be read
+    notes: list[str] = field(default_factory=list)  # what is not shown, and why
+    problems: list[str] = field(default_factory=list)  # those of them that are somebody's to mend
+
+    def problem(self, text: str) -> None:
+        """Note what is broken or missing, and not merely left out as asked."""
+        self.notes.append(text)
+        self.problems.append(text)
 
     @property
     def args(self) -> dict:
@@ -66,9 +72,11 @@ def read_run(folder: str | os.PathLike) -> Run:
     if metrics.is_file():
         run.steps, run.columns, broken = read_metrics(metrics)
         if broken:
-            run.notes.append(f"metrics.jsonl: {broken} unreadable line{'s' * (broken > 1)} left out")
-    else:
+            run.problem(f"metrics.jsonl: {broken} unreadable line{'s' * (broken > 1)} left out")
+    elif records == [folder]:  # a record that was copied out of its run: nothing is wrong with it
         run.notes.append("no metrics.jsonl: there are no charts")
+    else:
+        run.problem("no metrics.jsonl: there are no charts")
     return run
 
 
@@ -83,8 +91,8 @@ def _read_card(home: Path, run: Run) -> dict:
                 return {k: card[k] for k in known if k in card}
         except (OSError, ValueError, RecursionError):
             pass
-        if source == sources[0]:
-            run.notes.append("run.json is missing or broken: the run card below is that of a record")
+        if source == sources[0] and home not in run.records:
+            run.problem("run.json is missing or broken: the run card below is that of a record")
     return {"args": {}}
 
 
