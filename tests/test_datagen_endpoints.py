@@ -193,16 +193,16 @@ def test_answers_that_are_no_completions(monkeypatch):
 # ---------------------------------------------------------------- kills
 
 
-def build_in_child(records: Path, out: Path, urls: list[str], concurrency: int) -> None:
+def build_in_child(records: Path, out: Path, urls: list[str], concurrency: int, timeout: int) -> None:
     """The tool, in a process that can be killed."""
     os.setsid()
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    flags = ["--backend", "openai", "--model", "m", "--endpoint", *urls, "--timeout", "1"]
+    flags = ["--backend", "openai", "--model", "m", "--endpoint", *urls, "--timeout", str(timeout)]
     flags += ["--concurrency", str(concurrency), "--retries", "9"]
     tool.main([str(records), "--image-root", str(records.parent), "--out", str(out), *flags])
 
 
-def kill_and_restart(tmp_path: Path, urls: list[str], count: int, concurrency: int, kills: int) -> dict:
+def kill_and_restart(tmp_path: Path, urls: list[str], count: int, concurrency: int, kills: int, timeout: int) -> dict:
     """Kill a build `kills` times while it works, let it finish; returns the last summary."""
     records, out = data_set(tmp_path / "data", count), tmp_path / "out"
     fork, rng = multiprocessing.get_context("fork"), random.Random(0)
@@ -212,7 +212,7 @@ def kill_and_restart(tmp_path: Path, urls: list[str], count: int, concurrency: i
 
     for n in range(kills):
         goal = (n + rng.random()) * count / (kills + 1)
-        child = fork.Process(target=build_in_child, args=(records, out, urls, concurrency))
+        child = fork.Process(target=build_in_child, args=(records, out, urls, concurrency, timeout))
         child.start()
         while child.is_alive() and lines() <= goal:
             time.sleep(0.002)
@@ -220,7 +220,7 @@ def kill_and_restart(tmp_path: Path, urls: list[str], count: int, concurrency: i
         os.kill(child.pid, signal.SIGKILL)
         child.join()
     for _ in range(5):  # a face may run out of tries; the next run asks again
-        child = fork.Process(target=build_in_child, args=(records, out, urls, concurrency))
+        child = fork.Process(target=build_in_child, args=(records, out, urls, concurrency, timeout))
         child.start()
         child.join()
         summary = json.loads((out / "summary.json").read_text())
@@ -240,12 +240,12 @@ def check_all_there(out: Path, count: int, summary: dict) -> None:
 
 def test_killed_and_restarted_nothing_is_lost_or_doubled(tmp_path, serve):
     flags = ("--fault-rate", "0.2", "--faults", "rate_limit,server_error,reset,cut,html,refusal,not_json,invented")
-    summary = kill_and_restart(tmp_path, [serve(*flags), serve(*flags)], count=150, concurrency=8, kills=3)
+    summary = kill_and_restart(tmp_path, [serve(*flags), serve(*flags)], count=150, concurrency=8, kills=3, timeout=5)
     check_all_there(tmp_path / "out", 150, summary)
 
 
 @pytest.mark.slow
 def test_512_at_a_time_every_fault_one_server_dead_five_kills(tmp_path, serve):
     urls = [serve("--fault-rate", "0.2", "--seed", str(i)) for i in range(3)] + [dead_address()]
-    summary = kill_and_restart(tmp_path, urls, count=3000, concurrency=128, kills=5)
+    summary = kill_and_restart(tmp_path, urls, count=3000, concurrency=128, kills=5, timeout=20)
     check_all_there(tmp_path / "out", 3000, summary)
