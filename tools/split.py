@@ -1,7 +1,7 @@
 """Leak-free train, validation and test files from one file of records.
 
     python tools/split.py faces.jsonl --image-root PHOTOS --val-fraction 0.1 --test-fraction 0.1 --out split
-    python tools/split.py faces.jsonl --image-root PHOTOS --subject "(.+)_\\d+" --val-count 50 --test-count 9 --out split
+    python tools/split.py faces.jsonl --image-root PHOTOS --subject "(.+)_\\d+" --val-count 50 --out split
 
 Images that are byte for byte the same never straddle two files; with --subject neither do those of one person, who is
 what the expression's first group finds in the image's file name (or its whole match). Same input and seed, same split.
