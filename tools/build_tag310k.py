@@ -79,6 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         check(url.startswith(("http://", "https://")), f"--endpoint {url}: not an http(s) address")
     for name, least in (("retries", 0), ("eliminations", 0), ("concurrency", 1), ("tries", 1), ("batch_size", 1)):
         check(getattr(args, name) >= least, f"--{name.replace('_', '-')} must be at least {least}")
+    check(args.concurrency <= 1000, "--concurrency: a client keeps at most 1,000 connections to a server")
     check(args.max_depth is None or args.max_depth >= 0, "--max-depth must not be negative")
     check(args.eliminations <= 6, "--eliminations: after 6 one class is left")
     check(args.temperature >= 0 and args.max_tokens >= 1, "--temperature must be at least 0, --max-tokens at least 1")

@@ -8,7 +8,7 @@
 
 A face counts as done when its line has reached the disk (fsync; lines that wait together share one). A line torn by a
 kill is cut off when the folder is opened again, and its face is asked again. Faces are known by a hash of their id:
-24 bytes a face in memory, nothing else grows with their number.
+25 bytes a face in memory, nothing else grows with their number.
 """
 
 import asyncio
