@@ -9,7 +9,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["tag", "tag.*"]),
-    package_data={"tag": ["assets/tiny-qwen2.5-vl/*", "au/*.json", "synth/*.json", "report/*.css", "report/*.js"]},
+    package_data={
+        "tag": ["assets/tiny-qwen2.5-vl/*", "au/*.json", "synth/*.json", "report/*.css", "report/*.js"]
+        + ["datagen/prompts/*.txt"]
+    },
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
@@ -19,11 +22,18 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "api": ["openai>=3"],  # traces written by models behind OpenAI-compatible servers
         "data": ["mediapipe>=0.10.30"],  # face landmarks and blendshapes; older ones drag in JAX and numpy < 2
         "flash": ["flash-attn>=2.7"],  # a source build; used when importable, never required
         "track": ["tensorboard>=2.17"],  # metrics.jsonl is written in any case
         "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff==0.17.6"]
-        + ["peft>=0.18", "accelerate", "mediapipe>=0.10.30", "tensorboard>=2.17"]  # accelerate: peft imports it
+        + [
+            "peft>=0.18",
+            "accelerate",
+            "mediapipe>=0.10.30",
+            "openai>=3",
+            "tensorboard>=2.17",
+        ]  # peft imports accelerate
         + ["trl==1.16.0"],  # the oracle of tests/test_against_trl.py, which calls one of its private methods
     },
 )

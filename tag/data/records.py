@@ -141,7 +141,7 @@ def read_records(path: str | os.PathLike, split: str | None = None) -> list[Reco
         raise DataError(f"{path}: no such records file")
     records: list[Record] = []
     seen: dict[str, int] = {}
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         record = from_line(line, f"{path}:{number}")
         if record.id in seen:
             raise DataError(
@@ -181,7 +181,8 @@ def resolve_image(record: Record, image_root: str | os.PathLike) -> Path:
     return path
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
+    """(line number, text) of a JSONL file's lines that are not empty, streamed. Raises DataError (file:line)."""
     # Bytes, read with a limit: a file without newlines is refused before it fills the memory, and text that is not
     # UTF-8 is named where it stands, not replaced by question marks.
     with open(path, "rb") as f:

@@ -7,11 +7,12 @@ It knows nothing of the renderer, so it serves any record: real photographs, any
 purpose (at most `MAX_WORDS` words): every token is paid for in decoding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from tag.au.facs import AU_TEXT
+from tag.boxes import Box
 from tag.data.records import AU, NUM_CANDIDATES, Record
 from tag.trace import format_box, format_trace
 
@@ -48,25 +49,36 @@ _CONCLUSIONS = (
 )
 
 
-def write_trace(label: str, candidates: Sequence[AU], rng: np.random.Generator | int = 0) -> str:
-    """A well-formed trace for `label` naming up to three candidate AUs, strongest first, each with its box.
+def trace_parts(
+    label: str,
+    candidates: Sequence[AU],
+    rng: np.random.Generator | int = 0,
+    forms: Sequence[str] = _LOCAL,
+    box: Callable[[Box], str] = format_box,
+) -> tuple[str, str, str]:
+    """(global, local, conclusion) of a trace for `label`, naming up to three candidate AUs, strongest first.
 
-    `rng` picks the wording; an integer is taken as its seed. Same arguments, same text.
+    `rng` picks the wording; an integer is taken as its seed. Same arguments, same text. forms: how a sign, its AU and
+    its box make a sentence; box: how a box is written. Raises ValueError for an AU without wording.
     """
     if not isinstance(rng, np.random.Generator):
         rng = np.random.default_rng(rng)
-    sentences = [_pick(_OPENINGS, rng).format(_pick(GLOBAL_LOOK[label], rng))]
-    form = _pick(_LOCAL, rng)  # one form a trace: how a writer writes, not a new one each clause
+    opening = _pick(_OPENINGS, rng).format(_pick(GLOBAL_LOOK[label], rng))
+    form = _pick(forms, rng)  # one form a trace: how a writer writes, not a new one each clause
+    clauses = []
     for au in candidates[:NUM_CANDIDATES]:
         if au.au not in AU_TEXT:
             raise ValueError(f"no wording for {au.au}; AU_TEXT has {', '.join(AU_TEXT)}")
-        sign = _pick(AU_TEXT[au.au][1], rng)
-        clause = form.format(sign=sign, au=au.au, box=format_box(au.box))
-        sentences.append(clause[0].upper() + clause[1:])
+        clause = form.format(sign=_pick(AU_TEXT[au.au][1], rng), au=au.au, box=box(au.box))
+        clauses.append(clause[0].upper() + clause[1:])
     if not candidates:
-        sentences.append(_pick(_NO_AU, rng))
-    sentences.append(_pick(_CONCLUSIONS, rng).format(label))
-    return format_trace(" ".join(sentences), label)
+        clauses.append(_pick(_NO_AU, rng))
+    return opening, " ".join(clauses), _pick(_CONCLUSIONS, rng).format(label)
+
+
+def write_trace(label: str, candidates: Sequence[AU], rng: np.random.Generator | int = 0) -> str:
+    """A well-formed trace for `label` and up to three candidate AUs, each with its box (see `trace_parts`)."""
+    return format_trace(" ".join(trace_parts(label, candidates, rng)), label)
 
 
 def write_record_trace(record: Record, rng: np.random.Generator | int = 0) -> str:
