@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from tag.bench.measure import bandwidth, matrix_rate
-from tag.data.batching import Prompt
+from tag.data.batching import Group, Prompt, cut_to, plan_micro_batches
 from tag.random_vlm import config_7b, random_vlm
 from tag.rollout.hf import left_padded
 from tag.tiny.checkpoint import build_config
@@ -101,6 +101,32 @@ def hf_generate(
             raise RuntimeError(f"generate gave {out.shape[1]} tokens where {max(part)} were asked for")
         tokens += sum(part)
     return tokens
+
+
+def packing_fill(micro_tokens: int, prompt_tokens: int = 178, per_rank: int = 64, steps: int = 20) -> dict[int, float]:
+    """Ranks -> real tokens / computed tokens of packed SFT steps, padding and repeated passes included.
+
+    Each rank packs `per_rank` sequences of a prompt and a trace of realistic length (`spread_lengths` up to 512), as
+    train_sft.py does. Rows are as wide as what is in them, so what can be computed for nothing are whole passes.
+    """
+    mask = torch.zeros(prompt_tokens, dtype=torch.bool)
+    prompt = Prompt(mask.long(), mask.long().expand(3, -1), mask)
+    fill = {}
+    for ranks in (1, 2, 4, 8):
+        real = computed = 0
+        for step in range(steps):
+            lengths = spread_lengths(ranks * per_rank, 512, seed=step)
+            plans = []
+            for rank in range(ranks):
+                groups = [Group(prompt, 0, [[0] * n], [0]) for n in lengths[rank::ranks]]
+                plans.append(plan_micro_batches(groups, micro_tokens))
+            passes = max(map(len, plans))
+            for plan in plans:
+                widths = [sum(g.num_tokens for g in row) for rows in cut_to(plan, passes) for row in rows]
+                real += sum(widths)
+                computed += sum(widths) + (passes - len(widths)) * widths[0]
+        fill[ranks] = real / computed
+    return fill
 
 
 # ---- what the machine would allow -------------------------------------------------------------------------------
