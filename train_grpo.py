@@ -126,6 +126,7 @@ def parse_args(argv=None):
     a("--compile", action="store_true", help="torch.compile the decoding step (on a CPU it is slower)")
     a("--rollout-backend", choices=("engine", "hf"), default="engine", help="hf: Hugging Face generate, one process")
     a("--shard", choices=dist.SHARDING, default="full", help="FSDP2 over all ranks, within nodes, or replicas")
+    a("--dense-attention", action="store_true", help="one L x L mask for a row instead of blocks that see each other")
     a("--no-fused-optimizer", action="store_true", help="AdamW parameter by parameter instead of in one kernel")
     a("--activation-checkpointing", action="store_true", help="recompute activations in the backward pass")
     a("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -166,6 +167,7 @@ def train(args, here: dist.Dist) -> None:
 
     # ---- model: LoRA -> reference -> freeze -> activation checkpointing -> shard
     vlm = load_vlm(args.model, args.dtype, here.device)
+    vlm.dense_attention = args.dense_attention
     vlm.keep_projector("base")
     projector_in_adapter = PROJECTOR in load_adapter(vlm.hf_model, args.adapter, "policy")
     vlm.keep_projector("sft")

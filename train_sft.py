@@ -94,6 +94,7 @@ def parse_args(argv=None):
     a("--micro-tokens", type=int, default=8192, help="tokens of one forward pass, per rank: the memory knob")
     a("--no-pack", action="store_true", help="one sequence a row with padding, instead of packed rows")
     a("--shard", choices=dist.SHARDING, default="full", help="FSDP2 over all ranks, within nodes, or replicas")
+    a("--dense-attention", action="store_true", help="one L x L mask for a row instead of blocks that see each other")
     a("--no-fused-optimizer", action="store_true", help="AdamW parameter by parameter instead of in one kernel")
     a("--activation-checkpointing", action="store_true", help="recompute activations in the backward pass")
     a("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -130,6 +131,7 @@ def train(args, here: dist.Dist) -> None:
 
     # ---- model: LoRA -> freeze -> activation checkpointing -> shard -----------------------------------------------
     vlm = load_vlm(args.model, args.dtype, here.device)
+    vlm.dense_attention = args.dense_attention
     torch.manual_seed(args.seed)
     if args.adapter:
         load_adapter(vlm.hf_model, args.adapter)

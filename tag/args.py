@@ -77,7 +77,15 @@ def check(condition: bool, message: str) -> None:
 # Flags that say how a run is computed, not which run it is: they may change when it is resumed.
 RUNTIME_FLAGS = frozenset(
     {"out", "micro_tokens", "device", "threads", "save_every", "keep_checkpoints", "rollout_rows"}
-    | {"activation_checkpointing", "kv_gb", "cuda_graphs", "compile", "workers", "no_fused_optimizer"}
+    | {
+        "activation_checkpointing",
+        "kv_gb",
+        "cuda_graphs",
+        "compile",
+        "workers",
+        "no_fused_optimizer",
+        "dense_attention",
+    }
     | {"shard", "stop_after", "cache_gb", "record_every", "record_state", "record_budget_mb", "waive_gates"}
 )
 

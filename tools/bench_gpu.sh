@@ -39,12 +39,19 @@ bench() {  # name, seconds it may take at most, command
     [ $code = 0 ] || echo "$name: exit code $code" >&2
 }
 sized=(--config "$config" --device "$device" --repeats "$repeats")
-graphs=() patience=1 positions=32768
-if [ "$device" = cpu ]; then patience=30; else graphs=(--cuda-graphs); fi
+graphs=() recompute=() patience=1 positions=32768
+if [ "$device" = cpu ]; then
+    patience=30
+else
+    graphs=(--cuda-graphs)
+    # A GRPO step at 7B size holds two copies of the weights and 36 GB of activations.
+    "$python" -c 'import sys, torch; sys.exit(torch.cuda.get_device_properties(0).total_memory < 100e9)' ||
+        recompute=(--activation-checkpointing)
+fi
 [ "$config" = 7b ] || positions=256
 bench rollout 170 tools/bench_rollout.py "${sized[@]}" --waves 1 --seconds 60
 bench rollout_graphs 70 tools/bench_rollout.py "${sized[@]}" --waves 1 --peer none --seconds 30 ${graphs[@]+"${graphs[@]}"}
-bench grpo 110 tools/bench_grpo.py "${sized[@]}" --peer "$peer" --warmup 1 --seconds 50
+bench grpo 110 tools/bench_grpo.py "${sized[@]}" --peer "$peer" --warmup 1 --seconds 50 ${recompute[@]+"${recompute[@]}"}
 bench sft 90 tools/bench_sft.py "${sized[@]}" --peer "$peer" --warmup 1 --seconds 40
 bench scoring 60 tools/bench_scoring.py "${sized[@]}" --memory-tokens "$positions" --seconds 20
 bench scaling 40 tools/bench_scaling.py --config small --worlds 1 2 --repeats 1

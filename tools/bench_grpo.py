@@ -10,9 +10,9 @@ exactly --max-new-tokens long. A step's time is from one step's end to the next,
 goes: sample (encoding faces and drawing completions), score (forward passes of policy and reference), backward, other.
 Beside the JSON stands the same as stacked bars (.svg).
 
-What was done for TRL: all completions in one forward pass, no activation checkpointing (its default would recompute),
-one generation a step, fused AdamW, images decoded beforehand. What was done against us: the cache of vision features
-is off, every step encodes its faces. Scoring of TRL holds the vision tower; ours has it in sample.
+What was done for TRL: all completions in one forward pass, activations recomputed only if ours are (its default is
+always), one generation a step, fused AdamW, images decoded beforehand. What was done against us: the cache of vision
+features is off, every step encodes its faces. Scoring of TRL holds the vision tower; ours has it in sample.
 """
 
 import argparse
@@ -27,33 +27,29 @@ import torch
 
 import train_grpo
 from tag import dist
-from tag.args import Parser, check, run
+from tag.args import check
 from tag.bench import trl_side
+from tag.bench.flags import peer_parser, run_bench, with_sizes
 from tag.bench.measure import median
 from tag.bench.our_side import StepClock, run_script
 from tag.bench.output import bars_svg, card, print_table, write_json, write_text
-from tag.bench.workload import CONFIGS, bench_vlm
+from tag.bench.workload import bench_vlm
 from tag.data.records import write_records
 from tag.lora import add_lora, save_adapter
 from tag.rewards import score_completion
 from tag.synth.dataset import write_dataset
-from tag.vlm import DTYPES
 
 PARTS = ("sample", "score", "backward", "other")
 SIZES = {
-    "tiny": dict(dtype="float32", rollouts=32, max_new_tokens=62, lora_rank=16),
-    "small": dict(dtype="float32", rollouts=8, max_new_tokens=8, lora_rank=4),
-    "7b": dict(dtype="bfloat16", rollouts=16, max_new_tokens=256, lora_rank=128),
+    "tiny": dict(rollouts=32, max_new_tokens=62, lora_rank=16),
+    "small": dict(rollouts=8, max_new_tokens=8, lora_rank=4),
+    "7b": dict(rollouts=16, max_new_tokens=256, lora_rank=128),
 }
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this tool."""
-    p = Parser(__doc__)
-    p.add_argument("--peer", choices=("trl", "none"), default="trl")
-    p.add_argument("--config", choices=CONFIGS, default="tiny")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    p.add_argument("--dtype", choices=tuple(DTYPES), help="default: float32, 7b: bfloat16")
+    p = peer_parser(__doc__, "tools/bench_grpo.py")
     p.add_argument("--rollouts", type=int, help="completions a step (default: 32, 7b: 16)")
     p.add_argument("--group-size", type=int, default=8)
     p.add_argument("--max-new-tokens", type=int, help="length of every completion (default: 62, 7b: 256)")
@@ -61,17 +57,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--beta", type=float, default=0.04)
     p.add_argument("--micro-tokens", type=int, default=16384, help="tokens of one of our forward passes")
     p.add_argument("--cuda-graphs", action="store_true", help="our engine replays its decoding step as a graph")
-    p.add_argument("--repeats", type=int, default=5, help="steps that are measured, after --warmup that are not")
-    p.add_argument("--warmup", type=int, default=2)
-    p.add_argument("--seconds", type=float, default=1e9, help="no new step of a side after half of this time")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = PyTorch's choice")
-    p.add_argument("--out", default="docs/results/bench_grpo.json", help="the JSON to write")
-    args = p.parse_args(argv)
-    for name, value in SIZES[args.config].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args = with_sizes(p.parse_args(argv), SIZES)
     check(args.rollouts % args.group_size == 0, "--rollouts must be a multiple of --group-size")
-    check(args.repeats >= 1 and args.warmup >= 0, "--repeats must be at least 1")
     if args.peer == "trl":
         trl_side.require_trl()
     return args
@@ -92,6 +79,7 @@ def our_steps(args, folder: Path, here: dist.Dist) -> list[dict]:
     }  # fmt: skip
     argv = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     argv += ["--cuda-graphs"] * args.cuda_graphs
+    argv += ["--activation-checkpointing"] * args.activation_checkpointing
     clock = StepClock(here.device, args.warmup, args.repeats, args.seconds / 2)
     run_script(train_grpo, argv, vlm, here, clock)
     return clock.measured
@@ -104,8 +92,9 @@ def trl_steps(args, folder: Path, records: list, here: dist.Dist) -> list[dict]:
     vlm = bench_vlm(args.config, here.device, args.dtype)
     clock = StepClock(here.device, args.warmup, args.repeats, args.seconds / 2)
     settings = trl_side.common(
-        str(folder / "trl"), args.warmup + args.repeats, args.rollouts, here.device.type, args.dtype == "bfloat16", 0
-    )
+        str(folder / "trl"), args.warmup + args.repeats, args.rollouts, here.device.type, args.dtype == "bfloat16",
+        args.activation_checkpointing,
+    )  # fmt: skip
     with (
         clock.clock.wrapping(GRPOTrainer, "_generate", "sample"),
         clock.clock.wrapping(GRPOTrainer, "_get_per_token_logps_and_entropies", "score"),
@@ -156,4 +145,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_bench(main)

@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from tag import dist
-from tag.args import Parser, check, run
+from tag.args import check
+from tag.bench.flags import bench_parser, run_bench, with_sizes
 from tag.bench.measure import median, peak_memory, rounds
 from tag.bench.output import card, print_table, write_json
 from tag.bench.workload import (
-    CONFIGS,
     Unending,
     bench_vlm,
     decode_bound,
@@ -41,39 +41,29 @@ from tag.vlm import DTYPES
 
 FEW = 4  # new tokens of the call whose time is taken as that of prefill; as many as the engine decodes between checks
 SIZES = {
-    "tiny": dict(dtype="float32", max_new_tokens=96, rows=[8, 64, 256], peer_rows=2**31),
-    "small": dict(dtype="float32", max_new_tokens=16, rows=[8, 16], peer_rows=2**31),
-    "7b": dict(dtype="bfloat16", max_new_tokens=256, rows=[64, 256, 1024], peer_rows=64),
+    "tiny": dict(max_new_tokens=96, rows=[8, 64, 256], peer_rows=2**31),
+    "small": dict(max_new_tokens=16, rows=[8, 16], peer_rows=2**31),
+    "7b": dict(max_new_tokens=256, rows=[64, 256, 1024], peer_rows=64),
 }
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this tool."""
-    p = Parser(__doc__)
-    p.add_argument("--config", choices=CONFIGS, default="tiny")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    p.add_argument("--dtype", choices=tuple(DTYPES), help="default: float32, 7b: bfloat16")
+    p = bench_parser(__doc__, "tools/bench_rollout.py")
     p.add_argument("--rows", type=int, nargs="+", help="completions at a time (default: 8 64 256; 7b: 64 256 1024)")
     p.add_argument("--group-sizes", type=int, nargs="+", default=[1, 8])
     p.add_argument("--max-new-tokens", type=int, help="tokens of a completion at most (default: 96, 7b: 256)")
     p.add_argument("--waves", type=int, default=4, help="completions / rows where lengths are spread")
-    p.add_argument("--repeats", type=int, default=5, help="rounds that are measured, after one that is not")
-    p.add_argument("--seconds", type=float, default=1e9, help="no new round of a case after its share of this time")
     p.add_argument("--peer", choices=("hf", "none"), default="hf", help="none: the engine alone")
     p.add_argument("--peer-rows", type=int, help="`generate` up to so many rows only (default: all, 7b: 64)")
     p.add_argument("--cuda-graphs", action="store_true", help="the engine replays its decoding step as a graph")
     p.add_argument("--compile", action="store_true", help="both sides through torch.compile")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = PyTorch's choice")
-    p.add_argument("--out", default="docs/results/bench_rollout.json", help="the JSON to write")
-    args = p.parse_args(argv)
-    for name, value in SIZES[args.config].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args = with_sizes(p.parse_args(argv), SIZES)
     check(min(args.rows + args.group_sizes) >= 1, "--rows and --group-sizes must be positive")
     check(
         all(r % g == 0 for r in args.rows for g in args.group_sizes), "--rows must be multiples of every --group-sizes"
     )
-    check(args.max_new_tokens > FEW and args.repeats >= 1, f"--max-new-tokens must exceed {FEW}, --repeats 0")
+    check(args.max_new_tokens > FEW, f"--max-new-tokens must exceed {FEW}")
     return args
 
 
@@ -157,4 +147,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_bench(main)

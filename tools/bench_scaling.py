@@ -31,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from tag import dist
-from tag.args import Parser, check, run
+from tag.args import check, run
 from tag.bench.communication import Collectives, expected_refresh, expected_step, slope
+from tag.bench.flags import bench_parser, with_sizes
 from tag.bench.measure import median, rounds
 from tag.bench.output import card, print_table, write_json
-from tag.bench.workload import CONFIGS, Unending, bench_vlm, random_prompts
+from tag.bench.workload import Unending, bench_vlm, random_prompts
 from tag.data.batching import Group, collate
 from tag.errors import DataError
 from tag.lora import add_lora, copy_adapter, set_adapter, set_trainable
@@ -47,17 +48,13 @@ BASE = {"tiny": (4, 8, 64), "small": (2, 4, 8)}  # prompts, group size, completi
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this tool."""
-    p = Parser(__doc__)
-    p.add_argument("--config", choices=[c for c in CONFIGS if c in BASE], default="tiny")
+    p = bench_parser(__doc__, "tools/bench_scaling.py", tuple(BASE))
     p.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes")
     p.add_argument("--passes", type=int, default=2, help="forward passes of a step")
-    p.add_argument("--repeats", type=int, default=5, help="rounds that are measured, after one that is not")
-    p.add_argument("--seconds", type=float, default=1e9, help="no new round of a size after its share of this time")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads of the one process, 0 = PyTorch's choice")
-    p.add_argument("--out", default="docs/results/bench_scaling.json", help="the JSON to write")
     p.add_argument("--worker", help="internal: where a process of several writes what it counted")
-    args = p.parse_args(argv)
-    check(min(args.worlds) >= 1 and args.passes >= 1 and args.repeats >= 1, "--worlds, --passes, --repeats: at least 1")
+    args = with_sizes(p.parse_args(argv))
+    check(min(args.worlds) >= 1 and args.passes >= 1, "--worlds and --passes must be at least 1")
+    check(args.device != "cuda" and args.dtype == "float32", "this bench runs on CPUs, in float32")
     return args
 
 

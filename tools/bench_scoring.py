@@ -21,34 +21,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from tag import dist
-from tag.args import Parser, check, run
+from tag.args import check
+from tag.bench.flags import bench_parser, run_bench, with_sizes
 from tag.bench.measure import median, peak_memory, rounds, timed
 from tag.bench.output import card, print_table, write_json
-from tag.bench.workload import CONFIGS, bench_vlm
+from tag.bench.workload import bench_vlm
 from tag.data.batching import Group, collate, split_groups
 from tag.grpo import token_logprobs_and_entropy
 from tag.lora import add_lora
-from tag.vlm import DTYPES
 
 VOCABULARY, HIDDEN = 152_064, 64
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this tool."""
-    p = Parser(__doc__)
-    p.add_argument("--config", choices=CONFIGS, default="tiny")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    p.add_argument("--dtype", choices=tuple(DTYPES), help="default: float32, 7b: bfloat16")
+    p = bench_parser(__doc__, "tools/bench_scoring.py")
     p.add_argument("--group-size", type=int, default=8)
     p.add_argument("--lora-rank", type=int, default=16)
     p.add_argument("--memory-tokens", type=int, default=64 * 512, help="positions of the memory measurement")
-    p.add_argument("--repeats", type=int, default=5, help="rounds that are measured, after one that is not")
-    p.add_argument("--seconds", type=float, default=1e9, help="no new round of a case after a third of this time")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = PyTorch's choice")
-    p.add_argument("--out", default="docs/results/bench_scoring.json", help="the JSON to write")
-    args = p.parse_args(argv)
-    args.dtype = args.dtype or ("bfloat16" if args.config == "7b" else "float32")
-    check(args.group_size >= 2 and args.repeats >= 1, "--group-size must be at least 2, --repeats 1")
+    args = with_sizes(p.parse_args(argv))
+    check(args.group_size >= 2, "--group-size must be at least 2")
     return args
 
 
@@ -120,4 +112,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_bench(main)

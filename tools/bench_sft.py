@@ -30,46 +30,33 @@ import torch
 
 import train_sft
 from tag import dist
-from tag.args import Parser, check, run
 from tag.bench import trl_side
+from tag.bench.flags import peer_parser, run_bench, with_sizes
 from tag.bench.measure import matrix_rate, median
 from tag.bench.our_side import StepClock, run_script
 from tag.bench.output import card, print_table, write_json
-from tag.bench.workload import CONFIGS, bench_vlm, packing_fill, text_parameters
+from tag.bench.workload import bench_vlm, packing_fill, text_parameters
 from tag.data.faces import Faces
 from tag.data.records import write_records
 from tag.synth.dataset import write_dataset
 from tag.vlm import DTYPES, VLM
 
 SIZES = {
-    "tiny": dict(dtype="float32", batch_size=16, lora_rank=64),
-    "small": dict(dtype="float32", batch_size=4, lora_rank=4),
-    "7b": dict(dtype="bfloat16", batch_size=16, lora_rank=128),
+    "tiny": dict(batch_size=16, lora_rank=64),
+    "small": dict(batch_size=4, lora_rank=4),
+    "7b": dict(batch_size=16, lora_rank=128),
 }
 PARTS = ((Faces, "tower", "vision"), (VLM, "forward", "forward"), (torch.Tensor, "backward", "backward"))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this tool."""
-    p = Parser(__doc__)
-    p.add_argument("--peer", choices=("trl", "none"), default="trl")
-    p.add_argument("--config", choices=CONFIGS, default="tiny")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    p.add_argument("--dtype", choices=tuple(DTYPES), help="default: float32, 7b: bfloat16")
+    p = peer_parser(__doc__, "tools/bench_sft.py")
     p.add_argument("--batch-size", type=int, help="sequences a step (default: 16)")
     p.add_argument("--lora-rank", type=int, help="default: 64, 7b: 128")
     p.add_argument("--micro-tokens", type=int, default=8192, help="tokens of one of our forward passes")
     p.add_argument("--no-pack", action="store_true", help="ours without packing")
-    p.add_argument("--repeats", type=int, default=5, help="steps that are measured, after --warmup that are not")
-    p.add_argument("--warmup", type=int, default=2)
-    p.add_argument("--seconds", type=float, default=1e9, help="no new step of a side after a third of this time")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = PyTorch's choice")
-    p.add_argument("--out", default="docs/results/bench_sft.json", help="the JSON to write")
-    args = p.parse_args(argv)
-    for name, value in SIZES[args.config].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    check(args.repeats >= 1 and args.warmup >= 0, "--repeats must be at least 1")
+    args = with_sizes(p.parse_args(argv), SIZES)
     if args.peer == "trl":
         trl_side.require_trl()
     return args
@@ -87,6 +74,7 @@ def our_steps(args, folder: Path, here: dist.Dist, cached: bool) -> tuple[list[d
     }  # fmt: skip
     argv = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     argv += ["--freeze-projector"] + ["--no-pack"] * args.no_pack
+    argv += ["--activation-checkpointing"] * args.activation_checkpointing
     clock = StepClock(here.device, args.warmup, args.repeats, args.seconds / 3)
     run_script(train_sft, argv, vlm, here, clock, PARTS)
     return clock.measured, vlm
@@ -97,7 +85,8 @@ def trl_steps(args, folder: Path, records: list, here: dist.Dist) -> list[dict]:
     vlm = bench_vlm(args.config, here.device, args.dtype)
     clock = StepClock(here.device, args.warmup, args.repeats, args.seconds / 3)
     steps, bf16 = args.warmup + args.repeats, args.dtype == "bfloat16"
-    settings = trl_side.common(str(folder / "trl"), steps, args.batch_size, here.device.type, bf16, 0)
+    recompute = args.activation_checkpointing
+    settings = trl_side.common(str(folder / "trl"), steps, args.batch_size, here.device.type, bf16, recompute)
     lora = trl_side.lora_config(args.lora_rank, 2.0 * args.lora_rank)
     with clock.clock.wrapping(torch.Tensor, "backward", "backward"):
         clock.start()
@@ -156,4 +145,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_bench(main)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 
 from tag.boxes import Canvas
@@ -81,14 +81,14 @@ class StepTimes(TrainerCallback):
         return control
 
 
-def common(out: str, steps: int, batch_size: int, device: str, bf16: bool, workers: int, **more: Any) -> dict:
-    """Settings of both trainers: no saving, no reports, no recomputation of activations (which would cost time)."""
+def common(out: str, steps: int, batch_size: int, device: str, bf16: bool, recompute: bool) -> dict:
+    """Settings of both trainers: no saving, no reports; activations are recomputed only if ours are."""
     return {
         "output_dir": out,
         "max_steps": steps,
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": recompute,
         "learning_rate": 1e-6,
         "weight_decay": 0.01,
         "max_grad_norm": 1.0,
@@ -99,9 +99,7 @@ def common(out: str, steps: int, batch_size: int, device: str, bf16: bool, worke
         "disable_tqdm": True,
         "bf16": bf16,
         "use_cpu": device == "cpu",
-        "dataloader_num_workers": workers,
         "optim": "adamw_torch_fused",
-        **more,
     }
 
 
@@ -139,6 +137,7 @@ def grpo_steps(
         vlm.hf_model, rewards, config, Dataset.from_dict(table), processing_class=processor_of(vlm),
         peft_config=lora, callbacks=[StepTimes(on_step)],
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     lengths = {
         line["completions/mean_length"] for line in trainer.state.log_history if "completions/mean_length" in line
@@ -171,4 +170,5 @@ def sft_steps(
         vlm.hf_model, config, train_dataset=Dataset.from_dict(table), processing_class=processor_of(vlm),
         peft_config=lora, callbacks=[StepTimes(on_step)],
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
     trainer.train()

@@ -133,10 +133,10 @@ def packing_fill(micro_tokens: int, prompt_tokens: int = 178, per_rank: int = 64
 
 
 def text_parameters(vlm: VLM) -> int:
-    """Weights that a decoding step reads: decoder layers, last norm, output head."""
+    """Weights that a decoding step reads: decoder layers and output head, adapters left out (they are merged)."""
     model = vlm.hf_model
-    layers = sum(p.numel() for p in model.model.language_model.layers.parameters())
-    return layers + model.lm_head.weight.numel()
+    layers = model.model.language_model.layers.named_parameters()
+    return sum(p.numel() for name, p in layers if ".lora_" not in name) + model.lm_head.weight.numel()
 
 
 def decode_bound(vlm: VLM, prompt_tokens: int, rows: int, group_size: int, new_tokens: int, dtype: torch.dtype) -> dict:
