@@ -30,7 +30,7 @@ import torch
 from tag import dist
 from tag.args import Parser, check, claim_run_folder, run
 from tag.checkpoint import load_checkpoint, run_card, save_checkpoint
-from tag.data.batching import Group, collate, plan_micro_batches, split_groups
+from tag.data.batching import Group, collate, cut_to, plan_micro_batches, split_groups
 from tag.data.faces import Faces
 from tag.data.order import batch_indices, num_steps, rollout_seed
 from tag.data.records import read_records
@@ -70,6 +70,7 @@ PRESETS = {
         eval_faces=128,
         eval_every=25,
         save_every=25,
+        workers=0,
     )
 }
 
@@ -137,9 +138,17 @@ def parse_args(argv=None):
     a("--compile", action="store_true", help="torch.compile the decoding step (on a CPU it is slower)")
     a("--rollout-backend", choices=("engine", "hf"), default="engine", help="hf: Hugging Face generate, one process")
     a("--shard", choices=dist.SHARDING, default="full", help="FSDP2 over all ranks, within nodes, or replicas")
+    a("--dense-attention", action="store_true", help="one L x L mask for a row instead of blocks that see each other")
+    a("--no-fused-optimizer", action="store_true", help="AdamW parameter by parameter instead of in one kernel")
     a("--activation-checkpointing", action="store_true", help="recompute activations in the backward pass")
     a("--device", choices=("auto", "cpu", "cuda"), default="auto")
     a("--threads", type=int, default=0, help="CPU threads, 0 = PyTorch's choice")
+    a(
+        "--workers",
+        type=int,
+        default=2,
+        help="processes that prepare the next step's images, per rank; 0 = the loop does",
+    )
     a("--cache-gb", type=float, default=4.0, help="memory for frozen vision features, per rank")
     a("--save-every", type=int, default=25, help="steps between checkpoints, 0 = only at the end")
     a("--keep-checkpoints", type=int, default=2)
@@ -170,6 +179,7 @@ def train(args, here: dist.Dist) -> None:
 
     # ---- model: LoRA -> reference -> freeze -> activation checkpointing -> shard
     vlm = load_vlm(args.model, args.dtype, here.device)
+    vlm.dense_attention = args.dense_attention
     vlm.keep_projector("base")
     projector_in_adapter = PROJECTOR in load_adapter(vlm.hf_model, args.adapter, "policy")
     vlm.keep_projector("sft")
@@ -185,10 +195,10 @@ def train(args, here: dist.Dist) -> None:
     sharded = dist.shard(vlm, here, args.shard)
     print_trainable(vlm, here)
     params = trained_parameters(vlm)  # name -> parameter
-    optimizer = adamw(params, args.lr, args.weight_decay)
+    optimizer = adamw(params, args.lr, args.weight_decay, fused=not args.no_fused_optimizer)
 
     prompt = vlm.prompt()
-    faces = Faces(records, image_root, vlm, cache_gb=args.cache_gb)
+    faces = Faces(records, image_root, vlm, args.cache_gb, args.workers)
     engine = RolloutEngine(
         vlm,
         args.rollout_rows,
@@ -219,6 +229,10 @@ def train(args, here: dist.Dist) -> None:
     here.print("\n".join(card["objective"]))
     log = RunLog(out, here.is_main, steps, first_step, f"grpo ({args.au_reward})")
 
+    def share(step: int) -> list[int]:
+        """This rank's faces in `step`."""
+        return batch_indices(len(records), faces_per_step, step, args.seed)[here.rank :: here.world]
+
     # ---- the loop
     record_cost = RecordCost()
     last = min(steps, args.stop_after or steps)
@@ -231,8 +245,12 @@ def train(args, here: dist.Dist) -> None:
             clock.lap("record_seconds")
 
         # 1. Sample G completions per face with the current policy, merged into the rollout engine's own weights.
-        indices = batch_indices(len(records), faces_per_step, step, args.seed)[here.rank :: here.world]
+        indices = share(step)
+        waited = faces.wait_seconds
         tower = faces.tower(indices)  # (faces, patches, D), frozen
+        waited = faces.wait_seconds - waited
+        if step + 1 < last:
+            faces.prefetch(share(step + 1))
         with torch.no_grad():
             features = vlm.project(tower)  # (faces, K, H)
         engine.refresh("policy")
@@ -265,7 +283,8 @@ def train(args, here: dist.Dist) -> None:
         if args.no_prefix_sharing:
             groups = split_groups(groups)
         micro_batches = plan_micro_batches(groups, args.micro_tokens)
-        passes = int(here.max(len(micro_batches)))  # ranks run equally many; one with fewer repeats its first, weight 0
+        passes = int(here.max(len(micro_batches)))  # ranks run equally many; one that can't repeats its first, weight 0
+        micro_batches = cut_to(micro_batches, passes)
         batches = [collate(micro_batches[k % len(micro_batches)], vlm.pad_id).to(here.device) for k in range(passes)]
 
         # 4. Score under the reference. No second model: the same base with the frozen adapter, or with none.
@@ -365,6 +384,7 @@ def train(args, here: dist.Dist) -> None:
             "record_share": record_cost.add(clock),
             "grad_norm": grad_norm,
             "lr": lr,
+            "data_wait_seconds": waited,
             "epoch": (step + 1) * faces_per_step / len(records),
             "logprob_mismatch_mean": found.mean,
             "logprob_mismatch_p99": found.p99,
@@ -387,6 +407,7 @@ def train(args, here: dist.Dist) -> None:
                 out, done, params, optimizer, card | {"best": held_out.best}, here, keep=args.keep_checkpoints
             )
 
+    faces.close()
     save_adapter(vlm.hf_model, out / "adapter", "policy", args.model, saved_modules, here.is_main)
     log.close()
     here.print(record_cost)

@@ -26,7 +26,7 @@ import torch
 from tag import dist
 from tag.args import Parser, check, claim_run_folder, run
 from tag.checkpoint import load_checkpoint, run_card, save_checkpoint
-from tag.data.batching import Group, collate, plan_micro_batches
+from tag.data.batching import Group, collate, cut_to, plan_micro_batches
 from tag.data.faces import Faces
 from tag.data.order import batch_indices, num_steps
 from tag.data.records import read_records
@@ -54,6 +54,7 @@ PRESETS = {
         eval_faces=128,
         eval_every=100,
         max_new_tokens=160,
+        workers=0,
     )
 }
 
@@ -93,9 +94,17 @@ def parse_args(argv=None):
     a("--micro-tokens", type=int, default=8192, help="tokens of one forward pass, per rank: the memory knob")
     a("--no-pack", action="store_true", help="one sequence a row with padding, instead of packed rows")
     a("--shard", choices=dist.SHARDING, default="full", help="FSDP2 over all ranks, within nodes, or replicas")
+    a("--dense-attention", action="store_true", help="one L x L mask for a row instead of blocks that see each other")
+    a("--no-fused-optimizer", action="store_true", help="AdamW parameter by parameter instead of in one kernel")
     a("--activation-checkpointing", action="store_true", help="recompute activations in the backward pass")
     a("--device", choices=("auto", "cpu", "cuda"), default="auto")
     a("--threads", type=int, default=0, help="CPU threads, 0 = PyTorch's choice")
+    a(
+        "--workers",
+        type=int,
+        default=2,
+        help="processes that prepare the next step's images, per rank; 0 = the loop does",
+    )
     a("--cache-gb", type=float, default=4.0, help="memory for frozen vision features, per rank")
     a("--rollout-rows", type=int, default=64, help="rows that decode together in evaluations, per rank")
     a("--save-every", type=int, default=100, help="steps between checkpoints, 0 = only at the end")
@@ -122,6 +131,7 @@ def train(args, here: dist.Dist) -> None:
 
     # ---- model: LoRA -> freeze -> activation checkpointing -> shard -----------------------------------------------
     vlm = load_vlm(args.model, args.dtype, here.device)
+    vlm.dense_attention = args.dense_attention
     torch.manual_seed(args.seed)
     if args.adapter:
         load_adapter(vlm.hf_model, args.adapter)
@@ -134,7 +144,7 @@ def train(args, here: dist.Dist) -> None:
     sharded = dist.shard(vlm, here, args.shard)
     print_trainable(vlm, here)
     params = trained_parameters(vlm)  # name -> parameter
-    optimizer = adamw(params, args.lr, args.weight_decay)
+    optimizer = adamw(params, args.lr, args.weight_decay, fused=not args.no_fused_optimizer)
 
     # ---- sequences ------------------------------------------------------------------------------------------------
     prompt = vlm.prompt()
@@ -146,7 +156,7 @@ def train(args, here: dist.Dist) -> None:
         total <= args.context,
         f"record {records[longest].id!r} takes {total} tokens, more than --context {args.context}",
     )
-    faces = Faces(records, image_root, vlm, cache_gb=args.cache_gb)
+    faces = Faces(records, image_root, vlm, args.cache_gb, args.workers)
     engine = RolloutEngine(vlm, max_rows=args.rollout_rows, max_new_tokens=args.max_new_tokens)
 
     # ---- where we are ---------------------------------------------------------------------------------------------
@@ -165,6 +175,10 @@ def train(args, here: dist.Dist) -> None:
     )
     log = RunLog(args.out, here.is_main, steps, first_step, "sft")
 
+    def share(step: int) -> list[int]:
+        """This rank's records in `step`."""
+        return batch_indices(len(records), args.batch_size, step, args.seed)[here.rank :: here.world]
+
     # ---- the loop -------------------------------------------------------------------------------------------------
     last = min(steps, args.stop_after or steps)
     for step in range(first_step, last):
@@ -173,8 +187,12 @@ def train(args, here: dist.Dist) -> None:
         vlm.train()
 
         # 1. This rank's share of the step's sequences, cut into forward passes by token budget.
-        indices = batch_indices(len(records), args.batch_size, step, args.seed)[here.rank :: here.world]
+        indices = share(step)
+        waited = faces.wait_seconds
         tower = faces.tower(indices)  # (B, patches, D), frozen
+        waited = faces.wait_seconds - waited
+        if step + 1 < last:  # its images are read, decoded and resized while this step computes
+            faces.prefetch(share(step + 1))
         groups = [Group(prompt, b, [completions[i]], [b]) for b, i in enumerate(indices)]
         micro_batches = plan_micro_batches(groups, args.micro_tokens, pack=not args.no_pack)
 
@@ -183,8 +201,9 @@ def train(args, here: dist.Dist) -> None:
         normaliser = float(here.sum(num_targets))
 
         # 3. Forward and backward. Ranks must run equally many passes (FSDP2 gathers in each), so a rank with fewer
-        #    repeats its first with weight zero.
+        #    cuts its own smaller; one with fewer sequences than passes repeats its first with weight zero.
         passes = int(here.max(len(micro_batches)))
+        micro_batches = cut_to(micro_batches, passes)
         loss_sum, computed = torch.zeros((), device=here.device), 0
         for k in range(passes):
             weight = 1.0 if k < len(micro_batches) else 0.0
@@ -216,6 +235,7 @@ def train(args, here: dist.Dist) -> None:
             "tokens": normaliser,
             "fill": sum(g.num_tokens for g in groups) / computed,
             "step_seconds": seconds,
+            "data_wait_seconds": waited,
             "tokens_per_second": normaliser / seconds,
         }
         log.step(step, metrics, show=("loss", "grad_norm", "tokens_per_second"))
@@ -232,6 +252,7 @@ def train(args, here: dist.Dist) -> None:
                 args.out, done, params, optimizer, card | {"best": held_out.best}, here, keep=args.keep_checkpoints
             )
 
+    faces.close()
     save_adapter(vlm.hf_model, Path(args.out) / "adapter", "policy", args.model, saved_modules, here.is_main)
     log.close()
     here.print(f"adapter: {args.out}/adapter" + (f", best on held-out faces: {args.out}/best" if validation else ""))

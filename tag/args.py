@@ -77,7 +77,8 @@ def check(condition: bool, message: str) -> None:
 # values of other flags, and those are compared.
 RUNTIME_FLAGS = frozenset(
     {"preset", "out", "micro_tokens", "device", "threads", "save_every", "keep_checkpoints", "rollout_rows"}
-    | {"activation_checkpointing", "kv_gb", "cuda_graphs", "compile"}
+    | {"activation_checkpointing", "kv_gb", "cuda_graphs", "compile", "workers", "no_fused_optimizer"}
+    | {"dense_attention"}
     | {"shard", "stop_after", "cache_gb", "record_every", "record_state", "record_budget_mb", "waive_gates"}
 )
 

@@ -33,10 +33,11 @@ CARD = "checkpoint.json"
 def trained_state(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Name -> live tensor for every trained parameter and its AdamW moments (created as zeros if not there yet)."""
     state: dict[str, Tensor] = {}
+    fused = any(group["fused"] for group in optimizer.param_groups)  # then it counts steps beside the parameters
     for name, param in params.items():
         moments = optimizer.state[param]
         if "exp_avg" not in moments:
-            moments["step"] = torch.zeros((), dtype=torch.float32)
+            moments["step"] = torch.zeros((), dtype=torch.float32, device=param.device if fused else "cpu")
             moments["exp_avg"] = torch.zeros_like(param)
             moments["exp_avg_sq"] = torch.zeros_like(param)
         state[f"param.{name}"] = param.detach()

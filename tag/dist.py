@@ -6,6 +6,7 @@ need no collective, so ranks may encode different numbers of faces at any time w
 """
 
 import gc
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 SHARDING = ("full", "hybrid", "none")
 
@@ -136,30 +137,42 @@ def set_gradient_sync(vlm: nn.Module, on: bool) -> None:
 
 
 def sum_replicated_gradients(params: list[nn.Parameter], here: Dist) -> None:
-    """Add up over ranks the gradients that FSDP2 does not: those of parameters left whole (a collective each)."""
-    if here.world == 1:
+    """Add up over ranks the gradients that FSDP2 does not: those of parameters left whole, all in one collective."""
+    whole = [param for param in params if not isinstance(param, DTensor)]
+    if here.world == 1 or not whole:
         return
-    for param in params:
-        if not isinstance(param, DTensor):
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
-            dist.all_reduce(param.grad)
+    for param in whole:
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+    joined = torch.cat([param.grad.flatten() for param in whole])
+    dist.all_reduce(joined)
+    for param, grad in zip(whole, joined.split([param.numel() for param in whole])):
+        param.grad.copy_(grad.view_as(param))
 
 
 def clip_gradients(params: list[nn.Parameter], max_norm: float) -> float:
     """Scale all gradients so that their joint 2-norm is at most `max_norm`; returns the norm before.
 
-    Works on sharded and whole parameters side by side. A non-finite norm leaves the gradients as they are: the caller
-    decides what to do with the step.
+    Works on sharded and whole parameters side by side, with one collective for all that are sharded alike. A non-finite
+    norm leaves the gradients as they are: the caller decides what to do with the step.
     """
-    squares = torch.zeros((), dtype=torch.float64)
+    squares: dict[tuple | None, Tensor] = {}  # (mesh, placements) of a shard, None of what is whole -> sum of squares
     for param in params:
         if param.grad is not None:
-            norm = torch.linalg.vector_norm(param.grad, dtype=torch.float32)
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            squares += norm.double().cpu() ** 2
-    total = float(squares.sqrt())
-    if max_norm > 0 and total > max_norm and torch.isfinite(squares):
+            sharded = isinstance(param.grad, DTensor)
+            kind = (param.grad.device_mesh, param.grad.placements) if sharded else None
+            local = param.grad.to_local() if sharded else param.grad
+            norm = torch.linalg.vector_norm(local, dtype=torch.float32)
+            squares[kind] = squares.get(kind, 0.0) + norm.double() ** 2
+    total = 0.0
+    for kind, square in squares.items():
+        if kind is not None:  # each rank has the squares of its own rows; replicas have the same ones
+            mesh, placements = kind
+            parts = [Partial() if p.is_shard() else Replicate() for p in placements]
+            square = DTensor.from_local(square, mesh, parts, run_check=False).full_tensor()
+        total += float(square)
+    total = math.sqrt(total)
+    if max_norm > 0 and total > max_norm and math.isfinite(total):
         for param in params:
             if param.grad is not None:
                 param.grad.mul_(max_norm / (total + 1e-6))

@@ -80,7 +80,8 @@ class RecordedModel:
     def load(self, record: StepRecord) -> None:
         """Weights and AdamW moments as they were before `record`'s step. Raises DataError if they do not fit."""
         state = record.state
-        self.optimizer = adamw(self.params, self.args["lr"], self.args["weight_decay"])
+        fused = not self.args.get("no_fused_optimizer", True)  # runs from before the flag had no fused kernel
+        self.optimizer = adamw(self.params, self.args["lr"], self.args["weight_decay"], fused)
         expected = {
             f"{kind}.{n}": p.shape for n, p in self.params.items() for kind in ("param", "exp_avg", "exp_avg_sq")
         }

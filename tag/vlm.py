@@ -90,14 +90,17 @@ class VLM(nn.Module):
 
     def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
         """Letterboxed, normalised patches, (B, patches, 3 * 2 * 14 * 14) float32."""
-        square = [Canvas(*image.size).letterbox(image) for image in images]
-        size = {"shortest_edge": MODEL_SIZE**2, "longest_edge": MODEL_SIZE**2}
-        patches = self.image_processor(images=square, return_tensors="pt", size=size)["pixel_values"]
-        return patches.view(len(square), self.grid**2, -1)
+        return pixel_values(self.image_processor, images)
+
+    def encode(self, images: Sequence[Image.Image], chunk: int = 64) -> Tensor:
+        """States of the frozen vision tower, (B, patches, D), see `encode_pixels`."""
+        parts = [self.pixel_values(images[start : start + chunk]) for start in range(0, len(images), chunk)]
+        return self.encode_pixels(torch.cat(parts), chunk)
 
     @torch.no_grad()
-    def encode(self, images: Sequence[Image.Image], chunk: int = 64) -> Tensor:
-        """States of the frozen vision tower, (B, patches, D) in merge order: each four consecutive ones make one token.
+    def encode_pixels(self, pixels: Tensor, chunk: int = 64) -> Tensor:
+        """States of the frozen vision tower for `pixel_values`, (B, patches, D) in merge order: each four consecutive
+        ones make one token.
 
         The vision tower is never sharded (see tag/dist.py), so ranks may call this as often as they need.
         """
@@ -106,12 +109,12 @@ class VLM(nn.Module):
         # HF's tower calls the projector too (its result is not used here), whose weights may be fp32 masters.
         weights = {f"merger.{name}": p for name, p in self._projector_weights(None).items()}
         parts = []
-        for start in range(0, len(images), chunk):
-            pixels = self.pixel_values(images[start : start + chunk]).to(self.device, self.compute_dtype)
-            B = len(pixels)
+        for part in pixels.split(chunk):
+            part = part.to(self.device, self.compute_dtype)
+            B = len(part)
             grid_thw = torch.tensor([[1, self.grid, self.grid]] * B, device=self.device)
             visual = self.hf_model.model.visual
-            out = functional_call(visual, weights, (pixels.flatten(0, 1),), {"grid_thw": grid_thw})
+            out = functional_call(visual, weights, (part.flatten(0, 1),), {"grid_thw": grid_thw})
             hidden = out.last_hidden_state.view(B, self.tokens_per_image, self.merge_size**2, -1)
             parts.append(hidden[:, order.argsort()].flatten(1, 2))
         return torch.cat(parts)
@@ -208,6 +211,14 @@ def load_vlm(source: str, dtype: str = "bfloat16", device: str | torch.device = 
         raise DataError(f"cannot load a Qwen2.5-VL checkpoint from {source!r}: {reason[:200]}") from None
     hf_model.requires_grad_(False)
     return VLM(hf_model.to(device), tokenizer, image_processor, source).eval()
+
+
+def pixel_values(image_processor, images: Sequence[Image.Image]) -> Tensor:
+    """Images letterboxed and cut into normalised patches, (B, patches, 3 * 2 * 14 * 14) float32."""
+    square = [Canvas(*image.size).letterbox(image) for image in images]
+    size = {"shortest_edge": MODEL_SIZE**2, "longest_edge": MODEL_SIZE**2}
+    patches = image_processor(images=square, return_tensors="pt", size=size)["pixel_values"]
+    return patches.view(len(square), -1, patches.shape[-1])
 
 
 def mrope_positions(image_mask: Tensor, side: int) -> Tensor:

@@ -19,7 +19,18 @@ from helpers import (
 )
 from torch import Tensor
 
-from tag.data.batching import PAD_SEGMENT, Batch, Group, Prompt, collate, plan_micro_batches, plan_rows, split_groups
+from tag.bench.workload import packing_fill
+from tag.data.batching import (
+    PAD_SEGMENT,
+    Batch,
+    Group,
+    Prompt,
+    collate,
+    cut_to,
+    plan_micro_batches,
+    plan_rows,
+    split_groups,
+)
 from tag.trainable import train_projector, trained_parameters
 from tag.vlm import VLM
 
@@ -306,3 +317,25 @@ def test_micro_batches_hold_every_group_once_and_keep_the_budget(pack):
             assert computed <= budget or sum(len(row) for row in rows) == 1
         assert len(plan_micro_batches(groups, 10**9, pack)) == 1
         assert len(plan_micro_batches(groups, 1, pack)) == len(groups)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_more_passes_hold_the_same_groups(policy, pack):
+    groups = random_groups(policy.prompt(), 7, 1, longest=40)
+    planned = plan_micro_batches(groups, 4 * 220, pack)
+    assert len(planned) < 5
+    for passes in (1, len(planned), 5, 7, 20):
+        parts = cut_to(planned, passes)
+        assert len(parts) == min(max(passes, len(planned)), 7)
+        assert sorted(g.rows[0] for rows in parts for row in rows for g in row) == list(range(7))
+        assert all(row for rows in parts for row in rows)
+    sizes = [
+        [sum(g.num_tokens for row in rows for g in row) for rows in parts] for parts in (cut_to(planned, 5), planned)
+    ]
+    assert max(sizes[0]) < max(sizes[1]) and sum(sizes[0]) == sum(sizes[1])  # the largest is cut first
+
+
+def test_packed_rows_are_full():
+    """At realistic lengths on several ranks: with repeated passes instead of cut ones it would be 0.95 or less."""
+    for ranks, fill in packing_fill(8192, per_rank=16, steps=5).items():
+        assert fill > 0.999, ranks

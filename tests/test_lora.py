@@ -426,6 +426,23 @@ def test_weight_decay_is_for_matrices(adapted):
     assert len(adamw(trained_parameters(adapted), 0.1, 0.3).param_groups) == 1  # no vectors, no empty group
 
 
+def test_the_fused_optimizer_computes_the_same():
+    torch.manual_seed(0)
+    start, grads = [torch.randn(5, 3), torch.randn(4)], [[torch.randn(5, 3), torch.randn(4)] for _ in range(4)]
+    ends = []
+    for fused in (True, False):
+        params = {str(i): torch.nn.Parameter(t.clone()) for i, t in enumerate(start)}
+        optimizer = adamw(params, lr=0.1, weight_decay=0.3, fused=fused)
+        assert all(group["fused"] == fused for group in optimizer.param_groups)
+        for step in grads:
+            for param, grad in zip(params.values(), step):
+                param.grad = grad.clone()
+            optimizer.step()
+        ends.append(torch.cat([p.detach().flatten() for p in params.values()]))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-7)
+    assert (ends[0] - torch.cat([t.flatten() for t in start])).abs().max() > 0.1
+
+
 def test_projector_master_weights_are_fp32_and_compute_in_the_models_dtype(fresh):
     fresh.hf_model.bfloat16()
     fresh.compute_dtype = torch.bfloat16

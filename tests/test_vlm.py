@@ -292,8 +292,8 @@ def test_faces_are_encoded_once_and_in_the_asked_order(synth, small, monkeypatch
     faces = Faces(records, synth, small)
     expected = torch.stack([small.encode([load_image(synth / r.image)])[0] for r in records])
     encoded = []
-    encode = small.encode
-    monkeypatch.setattr(small, "encode", lambda images: encoded.append(len(images)) or encode(images))
+    encode = small.encode_pixels
+    monkeypatch.setattr(small, "encode_pixels", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
     for indices in ([3, 1, 3], [0, 1, 2, 3], [4, 0]):
         torch.testing.assert_close(faces.tower(indices), expected[indices], atol=1e-5, rtol=1e-5)
     assert encoded == [2, 2, 1]
@@ -308,12 +308,47 @@ def test_the_face_cache_forgets_the_least_recently_used(synth, small, monkeypatc
         faces.tower([index])
     assert list(faces.cache) == [0, 2] and faces.used == 2 * size
     encoded = []
-    encode = small.encode
-    monkeypatch.setattr(small, "encode", lambda images: encoded.append(len(images)) or encode(images))
+    encode = small.encode_pixels
+    monkeypatch.setattr(small, "encode_pixels", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
     faces.tower([0, 1, 2, 3])  # more than the cache holds
     assert encoded == [2] and faces.used <= faces.cache_bytes
     none = Faces(records, synth, small, cache_gb=0)
     assert torch.equal(none.tower([1, 1])[0], none.tower([1])[0]) and not none.cache
+
+
+def test_workers_prepare_the_same_pixels_ahead(synth, small, monkeypatch):
+    records = read_records(synth / "train.jsonl")[:6]
+    expected = Faces(records, synth, small).tower(range(6))
+    faces = Faces(records, synth, small, workers=2)
+    try:
+        opened = []
+        image = faces.image
+        monkeypatch.setattr(faces, "image", lambda i: opened.append(i) or image(i))
+        faces.prefetch([4, 2, 4])
+        faces.prefetch([2, 0])  # announced twice, prepared once
+        assert sorted(faces.coming) == [0, 2, 4]
+        assert torch.equal(faces.tower([2, 4, 5, 2]), expected[[2, 4, 5, 2]])
+        assert opened == [5] and sorted(faces.coming) == [0]  # only what nobody had announced
+        faces.prefetch([2, 5])
+        assert sorted(faces.coming) == [0]  # these are cached
+        assert torch.equal(faces.tower(range(6)), expected) and faces.wait_seconds > 0
+    finally:
+        faces.close()
+    assert torch.equal(faces.tower([1]), expected[[1]])  # closed: the loop does it
+    faces.close()
+
+
+def test_a_broken_image_in_a_worker_is_named(synth, small, tmp_path):
+    record = read_records(synth / "train.jsonl")[0]
+    shutil.copytree(synth / "train", tmp_path / "train")
+    (tmp_path / record.image).write_bytes(b"not an image")
+    faces = Faces([record], tmp_path, small, workers=1)
+    try:
+        faces.prefetch([0])
+        with pytest.raises(DataError, match=record.image):
+            faces.tower([0])
+    finally:
+        faces.close()
 
 
 def test_a_missing_face_is_found_before_anything_is_spent(synth, small, tmp_path):

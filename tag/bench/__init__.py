@@ -1,7 +1,11 @@
-"""What the benches under tools/ share: measuring, ceilings, workloads, the peer's side, tables and pictures.
+"""What the benches under tools/ share: measuring, ceilings, workloads, tables and pictures.
 
-measure.py    hardware, rounds of timed calls, peak memory, what the machine can do at most
-workload.py   models, prompts and completion lengths of the benches
-trl_side.py   TRL's trainers on the same weights and records; the only place that imports trl
-output.py     tables, JSON, stacked bars
+flags.py          the flags they share
+measure.py        hardware, rounds of timed calls, peak memory, what the machine can do at most
+workload.py       models, prompts and completion lengths
+our_side.py       our training scripts as they are, timed
+communication.py  collectives, counted and by the formula
+output.py         tables, JSON, stacked bars
+
+The peer's side, TRL's trainers on the same weights and records, is tools/peers/trl_side.py: no peer is imported here.
 """

@@ -94,3 +94,9 @@ def write_text(path: str | Path, text: str) -> None:
     """A text file that appears whole or not at all."""
     with replacing(path) as f:
         f.write(text)
+
+
+def join(out: str, folder: str, facts: dict) -> None:
+    """One JSON of all results in `folder` (name.json -> its content under that name) and of `facts`."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))}
+    write_json(out, facts | {"benches": found})

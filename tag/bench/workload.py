@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from tag.bench.measure import bandwidth, matrix_rate
-from tag.data.batching import Prompt
+from tag.data.batching import Group, Prompt, cut_to, plan_micro_batches
 from tag.random_vlm import config_7b, random_vlm
 from tag.rollout.hf import left_padded
 from tag.tiny.checkpoint import build_config
@@ -103,14 +103,40 @@ def hf_generate(
     return tokens
 
 
+def packing_fill(micro_tokens: int, prompt_tokens: int = 178, per_rank: int = 64, steps: int = 20) -> dict[int, float]:
+    """Ranks -> real tokens / computed tokens of packed SFT steps, padding and repeated passes included.
+
+    Each rank packs `per_rank` sequences of a prompt and a trace of realistic length (`spread_lengths` up to 512), as
+    train_sft.py does. Rows are as wide as what is in them, so what can be computed for nothing are whole passes.
+    """
+    mask = torch.zeros(prompt_tokens, dtype=torch.bool)
+    prompt = Prompt(mask.long(), mask.long().expand(3, -1), mask)
+    fill = {}
+    for ranks in (1, 2, 4, 8):
+        real = computed = 0
+        for step in range(steps):
+            lengths = spread_lengths(ranks * per_rank, 512, seed=step)
+            plans = []
+            for rank in range(ranks):
+                groups = [Group(prompt, 0, [[0] * n], [0]) for n in lengths[rank::ranks]]
+                plans.append(plan_micro_batches(groups, micro_tokens))
+            passes = max(map(len, plans))
+            for plan in plans:
+                widths = [sum(g.num_tokens for g in row) for rows in cut_to(plan, passes) for row in rows]
+                real += sum(widths)
+                computed += sum(widths) + (passes - len(widths)) * widths[0]
+        fill[ranks] = real / computed
+    return fill
+
+
 # ---- what the machine would allow -------------------------------------------------------------------------------
 
 
 def text_parameters(vlm: VLM) -> int:
-    """Weights that a decoding step reads: decoder layers, last norm, output head."""
+    """Weights that a decoding step reads: decoder layers and output head, adapters left out (they are merged)."""
     model = vlm.hf_model
-    layers = sum(p.numel() for p in model.model.language_model.layers.parameters())
-    return layers + model.lm_head.weight.numel()
+    layers = model.model.language_model.layers.named_parameters()
+    return sum(p.numel() for name, p in layers if ".lora_" not in name) + model.lm_head.weight.numel()
 
 
 def decode_bound(vlm: VLM, prompt_tokens: int, rows: int, group_size: int, new_tokens: int, dtype: torch.dtype) -> dict:

@@ -155,6 +155,30 @@ def plan_micro_batches(groups: Sequence[Group], micro_tokens: int, pack: bool = 
     return batches
 
 
+def cut_to(micro_batches: Sequence[list[list[Group]]], passes: int) -> list[list[list[Group]]]:
+    """The same groups in `passes` micro-batches, cutting the largest in two again and again, or in as many as there are
+    groups.
+
+    Ranks have to run equally many passes. One with fewer would have to repeat some for nothing; smaller ones cost it
+    nothing.
+    """
+    parts = list(micro_batches)
+    while len(parts) < passes:
+        k = max(
+            range(len(parts)),
+            key=lambda i: (sum(map(len, parts[i])) > 1, sum(g.num_tokens for r in parts[i] for g in r)),
+        )
+        rows = parts[k]
+        if len(rows) > 1:
+            halves = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+        elif len(rows[0]) > 1:
+            halves = [[rows[0][: len(rows[0]) // 2]], [rows[0][len(rows[0]) // 2 :]]]
+        else:
+            break
+        parts[k : k + 1] = halves
+    return parts
+
+
 def collate(rows: Sequence[Sequence[Group]], pad_id: int, pad_side: str = "right") -> Batch:
     """Lay groups out in rows, padded on `pad_side` to the longest row."""
     if pad_side not in ("left", "right"):
