@@ -52,7 +52,7 @@ PROFILES = {
         faces=(3200, 256, 1000),
         seeds=[0, 1, 2],
         sft=["--train-faces", "1600", "--epochs", "2", "--eval-every", "0", "--eval-faces", "256"],
-        grpo=["--max-steps", "100", "--eval-every", "20", "--eval-faces", "256"],
+        grpo=["--max-steps", "60", "--eval-every", "20", "--eval-faces", "256"],
     ),
 }
 MODELS = {  # row of the table -> (stage whose best adapter it is, AU reward)
