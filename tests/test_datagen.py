@@ -8,9 +8,10 @@ What servers do wrong is tests/test_datagen_endpoints.py.
 import asyncio
 import importlib.util
 import json
+import multiprocessing
 import os
 import resource
-import subprocess
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tag.args import run
 from tag.data.records import AU, Record, read_records, write_records
 from tag.datagen.answer import MAX_CHARS, RULES, Malformed, read_answer, read_verdict
 from tag.datagen.backends import Fault, RuleBackend, read_expression
@@ -316,6 +318,7 @@ def test_bad_images_are_rejected_with_their_reason(tmp_path, capsys):
         ('"split": "val"', '"split": "test"', "in.jsonl:5: a face of the test split"),
         ('"label": "disgust"', '"label": "boredom"', "in.jsonl:2: field 'label'"),
         ('"label": "disgust"', '"label": "disgust', "in.jsonl:2: not valid JSON"),
+        ('"provenance": {}', '"provenance": {"x": "' + "y" * 600_000 + '"}', "in.jsonl:1: a record of more than"),
     ],
 )
 def test_bad_records_are_named_before_any_work(tmp_path, old, new, expected):
@@ -475,30 +478,34 @@ def test_a_stopped_run_goes_on_and_failed_faces_stay_pending(tmp_path):
     assert len(ids) == len(set(ids)) == 40
 
 
-DISK_FULL = """
-import resource, runpy, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit fails with an error, as on a full disk
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def build_on_a_small_disk(arguments: list[str], log: Path, limit: int | None) -> None:
+    """The tool as a process that cannot write files beyond `limit` bytes; forked, because importing takes seconds."""
+    sys.stdout = sys.stderr = open(log, "w")
+    if limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then the write fails with an error, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    run(lambda: tool.main(arguments))
 
 
-@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no file size limits on this system")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_full_disk_stops_cleanly_and_the_rest_is_done_later(tmp_path):
-    records, out = data_set(tmp_path / "data", 60), tmp_path / "out"
-    command = [str(ROOT / "tools" / "build_tag310k.py"), str(records), "--image-root", str(records.parent), "--out"]
-    done = subprocess.run(
-        [sys.executable, "-c", DISK_FULL, *command, str(out)], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert len(errors) == 1 and "File too large" in errors[0] and "continues" in errors[0], done.stderr
-    assert "Traceback" not in done.stderr
+    records, out, log = data_set(tmp_path / "data", 60), tmp_path / "out", tmp_path / "log"
+    arguments = [str(records), "--image-root", str(records.parent), "--out", str(out)]
+
+    def start(limit: int | None) -> int:
+        child = multiprocessing.get_context("fork").Process(target=build_on_a_small_disk, args=(arguments, log, limit))
+        child.start()
+        child.join(100)
+        assert not child.is_alive()
+        return child.exitcode
+
+    assert start(20_000) == 2
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and "File too large" in errors[0] and "continues" in errors[0], log.read_text()
+    assert "Traceback" not in log.read_text()
     kept = accepted(out)  # every line is whole
     assert 0 < len(kept) < 60
-    done = subprocess.run([sys.executable, *command, str(out)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and f"{len(kept)} of them done before" in done.stdout, done.stderr
+    assert start(None) == 0 and f"{len(kept)} of them done before" in log.read_text()
     ids = [r["id"] for r in accepted(out)]
     assert len(ids) == len(set(ids)) == 60
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tag.au.facs import AU_TEXT
-from tag.data.records import Record, from_line, numbered_lines, resolve_image
+from tag.data.records import MAX_LINE, Record, from_line, numbered_lines, resolve_image
 from tag.datagen.backends import Backend, BackendDown, Fault
 from tag.datagen.prompts import fingerprints
 from tag.datagen.stages import History, Limits, build_one
@@ -40,6 +40,8 @@ def scan(path: Path) -> tuple[Ids, dict[str, int]]:
     hashes, splits = bytearray(), Counter()
     for number, line in numbered_lines(path):
         record = from_line(line, f"{path}:{number}")
+        if len(line.encode()) > MAX_LINE // 2:  # with its trace it would not be a record any more
+            raise DataError(f"{path}:{number}: a record of more than {MAX_LINE // 2} bytes leaves no room for a trace")
         if unknown := [a.au for a in record.aus if a.au not in AU_TEXT]:
             raise DataError(f"{path}:{number}: field 'aus' names {unknown[0]}, which is no action unit of the table")
         if record.split == "test":

@@ -126,12 +126,12 @@ class Store:
                     break
                 batch.append(item)
             places: list[int] = []
-            error: OSError | None = None
+            error: Exception | None = None
             try:
                 places = [self._writers[kind].write(data) for kind, data, _, _ in batch]
                 for kind in {item[0] for item in batch}:
                     self._writers[kind].sync()
-            except OSError as e:
+            except Exception as e:  # OSError; anything else must not leave its owners waiting either
                 error = e
                 for kind in {item[0] for item in batch}:
                     self._writers[kind].undo()
@@ -331,7 +331,7 @@ def _shards(folder: Path) -> list[Path]:
     return shards
 
 
-def _settle(future: "asyncio.Future[int]", place: int | None, error: OSError | None) -> None:
+def _settle(future: "asyncio.Future[int]", place: int | None, error: Exception | None) -> None:
     if not future.done():
         if error is not None:
             future.set_exception(error)
