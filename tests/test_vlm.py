@@ -7,6 +7,10 @@ Nothing here depends on what the shipped checkpoint has learned.
 
 import json
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +29,8 @@ from tag.errors import DataError
 from tag.lora import lora_layers, set_adapter
 from tag.tiny.checkpoint import build_image_processor
 from tag.vlm import PROJECTOR, TINY_MODEL, VLM, load_vlm, mrope_positions, window_order
+
+ROOT = Path(__file__).resolve().parents[1]
 
 GRID = torch.tensor([[1, 16, 16]])
 
@@ -349,6 +355,30 @@ def test_a_broken_image_in_a_worker_is_named(synth, small, tmp_path):
             faces.tower([0])
     finally:
         faces.close()
+
+
+def test_workers_do_not_outlive_a_killed_process():
+    code = (
+        "import time; from tag.data.faces import start_workers\n"
+        "print(*start_workers(2, None)._processes, flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2 and all(alive(pid) for pid in workers)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(alive(pid) for pid in workers)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_missing_face_is_found_before_anything_is_spent(synth, small, tmp_path):

@@ -77,6 +77,7 @@ def our_steps(args, folder: Path, here: dist.Dist) -> list[dict]:
         "group-size": args.group_size, "rollouts-per-step": args.rollouts, "max-steps": steps,
         "max-new-tokens": args.max_new_tokens, "micro-tokens": args.micro_tokens, "rollout-rows": args.rollouts,
         "beta": args.beta, "eval-faces": 0, "record-every": 0, "save-every": 0, "cache-gb": 0,
+        "workers": 0 if here.device.type == "cpu" else 2,  # on a CPU they would take cores from the loop
     }  # fmt: skip
     argv = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     argv += ["--cuda-graphs"] * args.cuda_graphs

@@ -10,7 +10,7 @@ tokens are those that carry loss, the completion tokens; a step's time is from o
 measured twice: as in a first epoch, when every face is new, and as in the ones after, when its vision features are
 cached. The ratio is that of the first epoch.
 
-What was done for TRL: no activation checkpointing, the whole batch in one forward pass, fused AdamW, images decoded
+What was done for TRL: activations recomputed only if ours are, the whole batch in one pass, fused AdamW, images decoded
 beforehand (ours are read and decoded as training goes). It pads, because it refuses packing where there are images.
 
 Also measured: the share of the machine's matrix rate, measured on the spot, that the useful part of our first-epoch
@@ -72,6 +72,7 @@ def our_steps(args, folder: Path, here: dist.Dist, cached: bool) -> tuple[list[d
         "train-faces": args.batch_size * batches, "epochs": (args.warmup + args.repeats) / batches,
         "lora-rank": args.lora_rank, "lora-alpha": 2.0 * args.lora_rank, "lora-dropout": 0.0,
         "micro-tokens": args.micro_tokens, "eval-faces": 0, "save-every": 0,
+        "workers": 0 if here.device.type == "cpu" else 2,  # on a CPU they would take cores from the loop
     }  # fmt: skip
     argv = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     argv += ["--freeze-projector"] + ["--no-pack"] * args.no_pack

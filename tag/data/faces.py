@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -116,16 +118,25 @@ def start_workers(count: int, image_processor) -> ProcessPoolExecutor:
     """
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     pool = ProcessPoolExecutor(
-        count, multiprocessing.get_context(method), initializer=_start_worker, initargs=(image_processor,)
+        count, multiprocessing.get_context(method), initializer=_start_worker, initargs=(image_processor, os.getpid())
     )
     pool.submit(int).result()
     return pool
 
 
-def _start_worker(image_processor) -> None:
+def _start_worker(image_processor, parent: int) -> None:
     global _image_processor
     _image_processor = image_processor
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the loop's to handle; it ends the workers
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A killed process cannot end its workers: they look whether it is still there."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(0)
 
 
 def _prepare(path: Path) -> np.ndarray:
