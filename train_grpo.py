@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from tag import dist
-from tag.args import Parser, check, claim_run_folder, run
+from tag.args import Parser, add_running_flags, check, claim_run_folder, run
 from tag.checkpoint import load_checkpoint, run_card, save_checkpoint
 from tag.data.batching import Group, collate, cut_to, plan_micro_batches, split_groups
 from tag.data.faces import Faces
@@ -90,12 +90,7 @@ def parse_args(argv=None):
     a = p.add_argument_group("sampling").add_argument
     a("--group-size", type=int, default=8, help="G, completions per face")
     a("--rollouts-per-step", type=int, default=512, help="completions per step over all ranks, a multiple of G")
-    a(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="1 = the distribution that is trained on; a gate refuses others",
-    )
+    a("--temperature", type=float, default=1.0, help="1 = the distribution trained on; a gate refuses others")
     a("--max-new-tokens", type=int, default=512)
     a = p.add_argument_group("reward, R = R_AU + R_ans + R_fmt").add_argument
     a("--au-reward", choices=AU_KINDS, default="iou", help="iou: Eq. 3-4; none: RLVR; f1: Table 4; iou-matched: ours")
@@ -119,43 +114,18 @@ def parse_args(argv=None):
     a("--weight-decay", type=float, default=0.01)
     a("--clip-norm", type=float, default=1.0, help="largest gradient norm, 0 = no clipping")
     a("--seed", type=int, default=0)
-    a = p.add_argument_group(
-        "evaluation on val.jsonl: greedy accuracy and AU IoU, the best adapter is kept"
-    ).add_argument
+    a = p.add_argument_group("evaluation on val.jsonl: accuracy and AU IoU, the best adapter is kept").add_argument
     a("--eval-every", type=int, default=50, help="steps between evaluations, 0 = only at the end")
     a("--eval-faces", type=int, default=512, help="the first N held-out records, 0 = none")
-    a = p.add_argument_group("how it runs (never changes loss or gradient)").add_argument
-    a("--micro-tokens", type=int, default=16384, help="tokens of one forward pass, per rank: the memory knob")
+    a = add_running_flags(p, micro_tokens=16384, save_every=25)
     a("--no-prefix-sharing", action="store_true", help="score every completion behind its own copy of the prompt")
-    a("--rollout-rows", type=int, default=64, help="rows that decode together, per rank, fewer if memory is short")
-    a(
-        "--kv-gb",
-        type=float,
-        default=0.0,
-        help="memory for the rollouts' KV cache, per rank, 0 = a share of the free",
-    )
+    a("--kv-gb", type=float, default=0.0, help="memory of the rollouts' KV cache, per rank, 0 = a share of the free")
     a("--cuda-graphs", action="store_true", help="replay the decoding step as a CUDA graph")
     a("--compile", action="store_true", help="torch.compile the decoding step (on a CPU it is slower)")
     a("--rollout-backend", choices=("engine", "hf"), default="engine", help="hf: Hugging Face generate, one process")
-    a("--shard", choices=dist.SHARDING, default="full", help="FSDP2 over all ranks, within nodes, or replicas")
-    a("--dense-attention", action="store_true", help="one L x L mask for a row instead of blocks that see each other")
-    a("--no-fused-optimizer", action="store_true", help="AdamW parameter by parameter instead of in one kernel")
-    a("--activation-checkpointing", action="store_true", help="recompute activations in the backward pass")
-    a("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    a("--threads", type=int, default=0, help="CPU threads, 0 = PyTorch's choice")
-    a(
-        "--workers",
-        type=int,
-        default=2,
-        help="processes that prepare the next step's images, per rank; 0 = the loop does",
-    )
-    a("--cache-gb", type=float, default=4.0, help="memory for frozen vision features, per rank")
-    a("--save-every", type=int, default=25, help="steps between checkpoints, 0 = only at the end")
-    a("--keep-checkpoints", type=int, default=2)
     a("--record-every", type=int, default=10, help="steps between step records (tag/record.py), 0 = only tripped gates")
     a("--record-state", action="store_true", help="records hold weights and moments too, for tools/replay_step.py")
     a("--record-budget-mb", type=float, default=1024, help="all records together; the oldest go")
-    a("--stop-after", type=int, default=0, help="stop after this many steps of this run's total, checkpoint kept")
     a("--waive-gates", action="store_true", help="warn instead of stopping when a self-check fails")
     args = p.parse_args(argv)
     check(args.group_size >= 2, f"--group-size {args.group_size}: a group needs at least 2 completions to compare")

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from tag import dist
-from tag.args import Parser, check, claim_run_folder, run
+from tag.args import Parser, add_running_flags, check, claim_run_folder, run
 from tag.checkpoint import load_checkpoint, run_card, save_checkpoint
 from tag.data.batching import Group, collate, cut_to, plan_micro_batches
 from tag.data.faces import Faces
@@ -84,32 +84,12 @@ def parse_args(argv=None):
     a("--clip-norm", type=float, default=1.0, help="largest gradient norm, 0 = no clipping")
     a("--context", type=int, default=2048, help="longest sequence in tokens; a longer record is an error")
     a("--seed", type=int, default=0)
-    a = p.add_argument_group(
-        "evaluation on val.jsonl: greedy accuracy and AU IoU, the best adapter is kept"
-    ).add_argument
+    a = p.add_argument_group("evaluation on val.jsonl: accuracy and AU IoU, the best adapter is kept").add_argument
     a("--eval-every", type=int, default=200, help="steps between evaluations, 0 = only at the end")
     a("--eval-faces", type=int, default=512, help="the first N held-out records, 0 = none")
     a("--max-new-tokens", type=int, default=512)
-    a = p.add_argument_group("how it runs (never changes loss or gradient)").add_argument
-    a("--micro-tokens", type=int, default=8192, help="tokens of one forward pass, per rank: the memory knob")
+    a = add_running_flags(p, micro_tokens=8192, save_every=100)
     a("--no-pack", action="store_true", help="one sequence a row with padding, instead of packed rows")
-    a("--shard", choices=dist.SHARDING, default="full", help="FSDP2 over all ranks, within nodes, or replicas")
-    a("--dense-attention", action="store_true", help="one L x L mask for a row instead of blocks that see each other")
-    a("--no-fused-optimizer", action="store_true", help="AdamW parameter by parameter instead of in one kernel")
-    a("--activation-checkpointing", action="store_true", help="recompute activations in the backward pass")
-    a("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    a("--threads", type=int, default=0, help="CPU threads, 0 = PyTorch's choice")
-    a(
-        "--workers",
-        type=int,
-        default=2,
-        help="processes that prepare the next step's images, per rank; 0 = the loop does",
-    )
-    a("--cache-gb", type=float, default=4.0, help="memory for frozen vision features, per rank")
-    a("--rollout-rows", type=int, default=64, help="rows that decode together in evaluations, per rank")
-    a("--save-every", type=int, default=100, help="steps between checkpoints, 0 = only at the end")
-    a("--keep-checkpoints", type=int, default=2)
-    a("--stop-after", type=int, default=0, help="stop after this many steps of this run's total, checkpoint kept")
     return p.parse_args(argv)
 
 

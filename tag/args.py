@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from tag.dist import SHARDING
 from tag.errors import DataError, UsageError
 
 
@@ -81,6 +82,28 @@ RUNTIME_FLAGS = frozenset(
     | {"dense_attention"}
     | {"shard", "stop_after", "cache_gb", "record_every", "record_state", "record_budget_mb", "waive_gates"}
 )
+
+
+def add_running_flags(p: Parser, micro_tokens: int, save_every: int) -> Callable:
+    """Add the flags that both training stages share on how a run is computed; returns add_argument of their group.
+
+    micro_tokens, save_every: the stage's defaults.
+    """
+    a = p.add_argument_group("how it runs (never changes loss or gradient)").add_argument
+    a("--micro-tokens", type=int, default=micro_tokens, help="tokens of one forward pass, per rank: the memory knob")
+    a("--rollout-rows", type=int, default=64, help="rows that decode together, per rank, fewer if memory is short")
+    a("--shard", choices=SHARDING, default="full", help="FSDP2 over all ranks, within nodes, or replicas")
+    a("--dense-attention", action="store_true", help="one L x L mask for a row instead of blocks that see each other")
+    a("--no-fused-optimizer", action="store_true", help="AdamW parameter by parameter instead of in one kernel")
+    a("--activation-checkpointing", action="store_true", help="recompute activations in the backward pass")
+    a("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    a("--threads", type=int, default=0, help="CPU threads, 0 = PyTorch's choice")
+    a("--workers", type=int, default=2, help="processes that prepare the next images, per rank; 0 = the loop does")
+    a("--cache-gb", type=float, default=4.0, help="memory for frozen vision features, per rank")
+    a("--save-every", type=int, default=save_every, help="steps between checkpoints, 0 = only at the end")
+    a("--keep-checkpoints", type=int, default=2)
+    a("--stop-after", type=int, default=0, help="stop after this many steps of this run's total, checkpoint kept")
+    return a
 
 
 def claim_run_folder(out: str | os.PathLike, script: str, args: argparse.Namespace, is_main: bool) -> bool:
