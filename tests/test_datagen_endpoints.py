@@ -83,7 +83,7 @@ def run_build(tmp_path: Path, urls: list[str], count: int = 24, limits: Limits =
     records, out = data_set(tmp_path / "data", count), tmp_path / "out"
 
     async def go():
-        backend = EndpointBackend(urls, "m", **{"concurrency": 8, "timeout": 1.0, **settings})
+        backend = EndpointBackend(urls, "m", **{"concurrency": 8, "timeout": 20.0, **settings})
         ids, _ = scan(records)
         store = Store(out, manifest(records, "x", ids.count, backend, limits, ""), ids)
         try:
@@ -110,7 +110,7 @@ RULES = {"refusal": "refused", "length": "cut_off", "not_json": "not_json", "inv
 @pytest.mark.parametrize("fault", KINDS)
 def test_each_fault_of_the_transport_is_survived_and_counted(tmp_path, serve, fault):
     url = serve("--fault-rate", "0.15", "--faults", fault)
-    run, counts, stats = run_build(tmp_path, [url])
+    run, counts, stats = run_build(tmp_path, [url], timeout=1.0 if fault == "hang" else 20.0)
     assert not run.stopped and run.counts == {"accepted": 24} and not run.malformed.keys() & {f"trace:{fault}"}
     assert set(stats[url]["faults"]) == {KINDS[fault]} and stats[url]["faults"][KINDS[fault]] > 0
     assert sum(n for k, n in counts.items() if k.startswith("accepted")) == 24
@@ -240,7 +240,7 @@ def check_all_there(out: Path, count: int, summary: dict) -> None:
 
 def test_killed_and_restarted_nothing_is_lost_or_doubled(tmp_path, serve):
     flags = ("--fault-rate", "0.2", "--faults", "rate_limit,server_error,reset,cut,html,refusal,not_json,invented")
-    summary = kill_and_restart(tmp_path, [serve(*flags), serve(*flags)], count=150, concurrency=8, kills=3, timeout=5)
+    summary = kill_and_restart(tmp_path, [serve(*flags), serve(*flags)], count=150, concurrency=8, kills=3, timeout=20)
     check_all_there(tmp_path / "out", 150, summary)
 
 
