@@ -366,6 +366,15 @@ def test_slider_colours_tokens_boxes_and_keys_in_a_browser(fake, page, tmp_path)
         sums = value("Inspector.step(4).groups.map((g) => Inspector.tokens(g).flat().reduce((s, t) => s + t.term, 0))")
         assert sum(sums) == pytest.approx(record.meta["loss"]["loss"], abs=1e-6)
 
+        # One click, or m, goes to the largest value of the colouring, in whichever group it is.
+        n, t = divmod(int(record.tensors["kl"].argmax()), record.tensors["kl"].shape[1])
+        where = "[document.activeElement.dataset.c, document.activeElement.dataset.i].join()"
+        browser.click("#extreme")
+        assert value(where) == f"{n % 4},{t}" and f"group={n // 4}" in value("location.hash")
+        value("document.querySelectorAll('.tab')[0].click()")
+        browser.key("m")
+        assert value(where) == f"{n % 4},{t}" and not value("document.getElementById('tip').hidden")
+
         # A box under the pointer is singled out on the face, with what it was compared with.
         n = next(n for n in range(12) if record.meta["completions"][n]["boxes"])
         value(f"document.querySelectorAll('.tab')[{n // 4}].click()")
@@ -386,7 +395,6 @@ def test_slider_colours_tokens_boxes_and_keys_in_a_browser(fake, page, tmp_path)
         # By keyboard: groups, completions, tokens, boxes; Escape closes the numbers.
         browser.key("k")
         browser.key("3")
-        where = "[document.activeElement.dataset.c, document.activeElement.dataset.i].join()"
         assert (
             value(where) == "2,0"
             and value("document.querySelector('[data-pin=\"2\"]').getAttribute('aria-pressed')") == "true"
@@ -408,3 +416,59 @@ def test_slider_colours_tokens_boxes_and_keys_in_a_browser(fake, page, tmp_path)
         assert value(where) == "2,4" and value("document.getElementById('colour').value") == "entropy"
         browser.open(page, "#step=1e9&group=-4&completion=77&colour=__proto__&token=9999.9999&theme=x&y=<b>")
         assert value("document.querySelectorAll('.card').length") == 4 and browser.problems == []
+
+
+CONTRAST = """(() => {
+  const canvas = Object.assign(document.createElement("canvas"), {width: 1, height: 1});
+  const pen = canvas.getContext("2d", {willReadFrequently: true});
+  const light = (...colours) => {  // relative luminance of colours laid over each other
+    for (const colour of colours) { pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1); }
+    const [r, g, b] = [...pen.getImageData(0, 0, 1, 1).data].map((v) => v / 255)
+      .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const style = (node) => getComputedStyle(node);
+  const token = document.querySelector(".tok"), panel = style(document.querySelector(".card")).backgroundColor;
+  token.style.setProperty("--v", 1);
+  return ["plus", "minus", "one", "flag"].map((side) => {
+    token.dataset.side = side;
+    const pair = [light(panel, style(token).backgroundColor), light(style(token).color)].sort((a, b) => b - a);
+    return (pair[0] + 0.05) / (pair[1] + 0.05);
+  });
+})()"""
+
+
+PARTS = {"#previous", "#step", "#colour", "#extreme", ".tabs", "#legend", "#charts", ".card", "#face", ".arithmetic"}
+
+
+@needs_browser
+def test_readable_in_dark_mode_and_on_paper(page, tmp_path):
+    with Browser(tmp_path / "profile") as browser:
+        value = browser.value
+        browser.open(page, "#step=4&group=0&colour=kl")
+        background = "getComputedStyle(document.body).backgroundColor"
+        for scheme in ("light", "dark"):
+            browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            assert min(value(CONTRAST)) > 4.5, scheme  # the strongest colour behind a token leaves it readable
+            red = int(re.findall(r"\d+", value(background))[0])
+            assert red > 200 if scheme == "light" else red < 50
+        value("document.documentElement.dataset.theme = 'dark'")
+        browser.call("Emulation.setEmulatedMedia", media="print", features=[])
+        assert value(background) == "rgb(255, 255, 255)" and min(value(CONTRAST)) > 4.5  # paper is white
+        shown = {name for name in PARTS if value(f"document.querySelector('{name}').checkVisibility()")}
+        assert PARTS - shown == {"#previous", "#step", "#colour", "#extreme", ".tabs"}
+        assert "coloured by KL to the reference" in value("document.getElementById('legend').innerText")
+        assert browser.problems == []
+
+
+@pytest.mark.slow
+@needs_browser
+def test_fifty_steps_of_eight_by_eight_open_in_two_seconds(tmp_path):
+    run = FakeRun(tmp_path / "tag", tmp_path / "data", 50, 1, 8, 8).write()
+    written = write_inspector(tmp_path / "page.html", run)
+    assert (written.records, written.groups, written.problems) == (50, 400, [])
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(tmp_path / "page.html", "#step=20")
+        assert browser.value("document.querySelectorAll('.card').length") == 8
+        assert browser.value("performance.getEntriesByType('navigation')[0].loadEventEnd") < 2000
+        assert browser.problems == []

@@ -224,12 +224,28 @@
     focusToken(state.completion, known[Math.max(after, 0)][0]);
   }
 
+  // The token of this step that is farthest from 0 in the chosen quantity; NaN is farther than anything.
+  function toExtreme() {
+    const { value } = Inspector.quantities[state.colour];
+    let best = null;
+    stepData().groups.forEach((group, g) => Inspector.tokens(group).flat().forEach((token) => {
+      const found = value(token);
+      const size = Number.isNaN(found) ? Infinity : Math.abs(found);
+      if (!best || size > best.size) best = { size, g, token };
+    }));
+    if (!best) return;
+    set({ group: best.g });
+    set({ completion: best.token.completion });
+    focusToken(best.token.completion, best.token.index);
+  }
+  byId("extreme").addEventListener("click", () => { if (stepData()) toExtreme(); });
+
   const KEYS = {
     p: () => moveRecord(-1), n: () => moveRecord(1),
     k: () => set({ group: state.group - 1 }), j: () => set({ group: state.group + 1 }),
     c: () => set({ colour: colours[(colours.indexOf(state.colour) + 1) % colours.length] }),
     x: () => set({ colour: colours.at(colours.indexOf(state.colour) - 1) }),
-    b: nextBox, t: nextTheme,
+    b: nextBox, m: toExtreme, t: nextTheme,
     Escape: () => { picked = null; hideTip(); if (stepData()) drawFace(stepData()); },
   };
   document.addEventListener("keydown", (event) => {

@@ -233,6 +233,8 @@ _BODY = """<div class="wrap">
 <button class="button" id="next" type="button" title="next recorded step (n)">▶</button>
 <output id="where" for="step"></output>
 <label class="pick">colour by <select id="colour"></select></label>
+<button class="button pick" id="extreme" type="button" title="go to the token of this step with the largest value (m)">\
+largest</button>
 <div class="legend" id="legend"></div>
 </div>
 <details class="panel timeline" id="timeline" open><summary><h2>The run</h2></summary>
@@ -246,6 +248,7 @@ _BODY = """<div class="wrap">
 <dt><kbd>1</kbd> … <kbd>9</kbd></dt><dd>show the boxes of that completion and go to it</dd>
 <dt><kbd>b</kbd></dt><dd>next box of the completion</dd>
 <dt><kbd>c</kbd> <kbd>x</kbd></dt><dd>next, previous colouring of the tokens</dd>
+<dt><kbd>m</kbd></dt><dd>go to the token of this step, in whichever group, with the largest value of the colouring</dd>
 <dt><kbd>t</kbd></dt><dd>theme: auto, light, dark</dd>
 <dt><kbd>Esc</kbd></dt><dd>close the numbers of a token</dd>
 </dl></details>

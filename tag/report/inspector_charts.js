@@ -31,8 +31,8 @@
   const STRIPS = [
     { title: "Accuracy by class", key: "accuracy", text: percent },
     { title: "AU IoU by class", key: "iou", text: (v) => num(v, 2) },
-    { title: "Mixed groups by class", key: "mixed", text: percent },
-    { title: "Flat groups by class", key: "flat", text: percent },
+    ...["all right", "mixed", "all wrong", "flat", "no AU boxes"].map((kind) => (
+      { title: `Groups by class: ${kind}`, key: kind, text: percent })),
   ];
 
   const SIDE = 52; // room for class names

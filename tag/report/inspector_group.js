@@ -126,12 +126,12 @@
   }
 
   function table(group) {
-    const names = ["", "R_fmt", "R_ans", "R_AU", "R", "R − mean", "A", "|o|", "w", "policy", "KL", "loss"];
+    const names = ["", "R_fmt", "R_ans", "R_AU", "R", "R − mean", "A", "|o|", "1000 w", "policy", "KL", "loss"];
     const row = (kind, cells) => el("tr", {}, ...cells.map((cell, i) => el(i ? kind : "th", i ? {} : { scope: "row" }, cell)));
     const rows = group.completions.map((completion, c) => {
       const [fmt, ans, au, total] = completion.rewards;
       const line = row("td", [String(c + 1), num(fmt), num(ans), au === null ? "–" : fixed(au), fixed(total), signed(total - group.mean), signed(completion.advantage),
-        String(group.lengths[c]), num(completion.weight, 3), loss(completion.policy), loss(completion.kl), loss(completion.policy + completion.kl)]);
+        String(group.lengths[c]), fixed(1000 * completion.weight, 4), loss(completion.policy), loss(completion.kl), loss(completion.policy + completion.kl)]);
       line.dataset.c = c;
       return line;
     });
@@ -155,15 +155,16 @@
     const group = step.groups[g];
     const { face } = group;
     const aus = face.aus.map(([name, score]) => `${name} ${fixed(score, 2)}`).join(", ");
-    return el("section", { class: "group", "data-group": g, "aria-label": `Group ${g + 1}` },
-      el("aside", { class: "side" },
-        el("div", { class: "panel" },
-          el("div", { class: "face", id: "face" }, Inspector.picture(face, 224)),
-          el("p", { class: "truth" }, "truth: ", el("b", {}, face.label)),
-          el("p", { class: "facts" }, aus ? `detector: ${aus}` : "the detector activated no AU: R_AU is absent here"),
-          el("p", { class: "facts id" }, face.id),
-          el("p", { class: "about", id: "about" }))),
-      el("div", { class: "cards" }, ...group.completions.map((_, c) => card(group, c))),
+    return el("section", { "data-group": g, "aria-label": `Group ${g + 1}` },
+      el("div", { class: "group" },
+        el("aside", { class: "side" },
+          el("div", { class: "panel" },
+            el("div", { class: "face", id: "face" }, Inspector.picture(face, 224)),
+            el("p", { class: "truth" }, "truth: ", el("b", {}, face.label)),
+            el("p", { class: "facts" }, aus ? `detector: ${aus}` : "the detector activated no AU: R_AU is absent here"),
+            el("p", { class: "facts id" }, face.id),
+            el("p", { class: "about", id: "about" }))),
+        el("div", { class: "cards" }, ...group.completions.map((_, c) => card(group, c)))),
       el("div", { class: "panel arithmetic" },
         el("h3", {}, "The arithmetic of this group"), table(group),
         el("div", { class: "formulas num" }, el("div", { id: "advantage-text" }), el("div", { id: "loss-text" }))));

@@ -184,9 +184,10 @@ def class_statistics(record: StepRecord, faces: Sequence[Record]) -> dict[str, d
     G, completions = record.group_size, record.meta["completions"]
     table = {}
     for label in CLASSES:
-        groups = [completions[b * G : (b + 1) * G] for b, face in enumerate(faces) if face.label == label]
-        if not groups:
+        which = [b for b, face in enumerate(faces) if face.label == label]
+        if not which:
             continue
+        groups = [completions[b * G : (b + 1) * G] for b in which]
         rewards = [c["rewards"] for group in groups for c in group]
         kinds = [_taxonomy([c["rewards"]["ans"] > 0 for c in group]) for group in groups]
         ious = [float(r["paper_iou"]) for r in rewards if r["paper_iou"] is not None]
@@ -196,6 +197,7 @@ def class_statistics(record: StepRecord, faces: Sequence[Record]) -> dict[str, d
             "iou": number(sum(ious) / len(ious), 4) if ious else None,
             **{name: kinds.count(name) / len(kinds) for name in ("all right", "mixed", "all wrong")},
             "flat": sum(is_flat([c["rewards"]["total"] for c in group]) for group in groups) / len(groups),
+            "no AU boxes": sum(not faces[b].aus for b in which) / len(which),
         }
     return table
 
