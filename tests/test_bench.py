@@ -48,8 +48,9 @@ sys.modules["trl_side"] = trl_side  # the one that the benches import
 
 def test_sides_take_turns_and_warm_up_first():
     calls = []
-    found = rounds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, repeats=3, warmup=2)
-    assert calls == ["a", "b"] * 5
+    cpu = {}
+    found = rounds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, repeats=3, warmup=2, cpu=cpu)
+    assert calls == ["a", "b"] * 5 and {name: len(times) for name, times in cpu.items()} == {"a": 3, "b": 3}
     assert {name: len(times) for name, times in found.items()} == {"a": 3, "b": 3} and min(found["a"]) >= 0
 
 

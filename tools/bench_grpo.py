@@ -113,7 +113,7 @@ def trl_steps(args, folder: Path, records: list, here: dist.Dist) -> list[dict]:
 
 def summary(steps: list[dict]) -> dict:
     """Median of the whole step and of each part."""
-    return {part: median([step.get(part, 0.0) for step in steps]) for part in ("total", *PARTS)}
+    return {part: median([step.get(part, 0.0) for step in steps]) for part in ("total", *PARTS, "cpu")}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -136,13 +136,14 @@ def main(argv: list[str] | None = None) -> None:
     results = {"unit": "s", "medians": medians, "completion_tokens": tokens, "steps": sides}
     if "trl" in medians:
         results["ratio"] = medians["trl"]["total"] / medians["ours"]["total"]
+        results["cpu_ratio"] = medians["trl"]["cpu"] / medians["ours"]["cpu"]
     write_json(args.out, card("tools/bench_grpo.py", args, argv, here.device, trl_side.PEERS) | results)
     title = f"One GRPO step, {args.rollouts} completions of {args.max_new_tokens} tokens, {args.config} model"
     picture = str(Path(args.out).with_suffix(".svg"))
     write_text(picture, bars_svg(title, {side: {p: m[p] for p in PARTS} for side, m in medians.items()}))
     print_table([{"side": side, **m, "tokens/s": tokens / m["total"]} for side, m in medians.items()])
     if "ratio" in results:
-        print(f"TRL / ours: {results['ratio']:.2f}")
+        print(f"TRL / ours: {results['ratio']:.2f}, in processor time {results['cpu_ratio']:.2f}")
     print(f"{args.out}\n{picture}")
 
 

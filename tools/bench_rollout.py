@@ -88,7 +88,8 @@ def measure_case(vlm, args, rows: int, group_size: int, lengths: list[int], seco
             sides[name] = lambda cache=cache: hf_generate(vlm, prompts, group_size, lengths, rows, cache, args.compile)
     if equal:
         sides["prefill"] = lambda: ours([FEW] * len(lengths))
-    found = rounds(sides, device, args.repeats, seconds=seconds)
+    cpu: dict[str, list[float]] = {}
+    found = rounds(sides, device, args.repeats, seconds=seconds, cpu=cpu)
     tokens, middle = sum(lengths), {name: median(times) for name, times in found.items()}
     result = {
         "lengths": "equal" if equal else "spread",
@@ -102,6 +103,8 @@ def measure_case(vlm, args, rows: int, group_size: int, lengths: list[int], seco
     if against_hf:
         peers = [result[name] for name in ("dynamic", "static") if result[name] == result[name]]
         result["ratio"] = result["ours"] / max(peers) if peers else float("nan")
+        used = [median(cpu[name]) for name in ("dynamic", "static") if found[name]]
+        result["cpu_ratio"] = min(used, default=float("nan")) / median(cpu["ours"])
     result["occupancy"] = engine.stats.occupancy
     if equal:
         decode = (tokens - FEW * len(lengths)) / (middle["ours"] - middle["prefill"])
@@ -118,7 +121,19 @@ def measure_case(vlm, args, rows: int, group_size: int, lengths: list[int], seco
 
 def shown(result: dict) -> dict:
     """The columns of the printed table."""
-    columns = ("lengths", "rows", "group_size", "ours", "dynamic", "static", "ratio", "occupancy", "decode", "share")
+    columns = (
+        "lengths",
+        "rows",
+        "group_size",
+        "ours",
+        "dynamic",
+        "static",
+        "ratio",
+        "cpu_ratio",
+        "occupancy",
+        "decode",
+        "share",
+    )
     peaks = {f"MiB {name}": value for name, value in result["peak_mib"].items()}
     return {name: result.get(name) for name in columns} | peaks
 

@@ -62,7 +62,9 @@ def sharing(vlm, args, ratio: float) -> dict:
     def score(name: str) -> None:
         vlm(batches[name], tower)[0].sum().backward()
 
-    found = rounds({n: lambda n=n: score(n) for n in batches}, device, args.repeats, seconds=args.seconds / 3)
+    cpu: dict[str, list[float]] = {}
+    sides = {name: lambda name=name: score(name) for name in batches}
+    found = rounds(sides, device, args.repeats, seconds=args.seconds / 3, cpu=cpu)
     middle = {name: median(times) for name, times in found.items()}
     tokens = {name: batch.num_tokens for name, batch in batches.items()}
     return {
@@ -71,6 +73,7 @@ def sharing(vlm, args, ratio: float) -> dict:
         "completion": length,
         **middle,
         "ratio": middle["apart"] / middle["shared"],
+        "cpu ratio": median(cpu["apart"]) / median(cpu["shared"]),
         "token ratio": tokens["apart"] / tokens["shared"],
         "seconds": found,
     }

@@ -134,6 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     if "trl" in seconds:
         results["ratio"] = seconds["trl"] / seconds["ours"]
         results["ratio_cached"] = seconds["trl"] / seconds["ours, cached"]
+        cpu = {side: median([step["cpu"] for step in steps]) for side, steps in sides.items()}
+        results |= {"cpu_seconds": cpu, "cpu_ratio": cpu["trl"] / cpu["ours"]}
     write_json(args.out, card("tools/bench_sft.py", args, argv, here.device, trl_side.PEERS) | results)
     by_side = results["useful_tokens_per_second"], results["tokens_per_second"]
     print_table(
@@ -142,7 +144,10 @@ def main(argv: list[str] | None = None) -> None:
     fills = ", ".join(f"{ranks} ranks {fill:.1%}" for ranks, fill in results["packing_fill"].items())
     print(f"{share:.1%} of the matrix rate measured here; packed rows are full to: {fills}")
     if "ratio" in results:
-        print(f"ours / TRL: {results['ratio']:.2f} in the first epoch, {results['ratio_cached']:.2f} after it")
+        print(
+            f"ours / TRL: {results['ratio']:.2f} in the first epoch, {results['ratio_cached']:.2f} after it; ", end=""
+        )
+        print(f"in processor time {results['cpu_ratio']:.2f}")
     print(args.out)
 
 

@@ -91,11 +91,13 @@ def rounds(
     repeats: int = 5,
     warmup: int = 1,
     seconds: float = float("inf"),
+    cpu: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of `repeats` calls of every side, warm-up calls before. The sides take turns, so that whatever else the
     machine does meets all of them; when `seconds` are spent, no further round begins (one is always made).
 
-    A side that runs out of GPU memory is dropped and has an empty list.
+    A side that runs out of GPU memory is dropped and has an empty list. cpu: filled with the processor time of the same
+    calls, over all threads: what is left to compare on a machine that is busy with other work.
     """
     started = time.perf_counter()
     found: dict[str, list[float]] = {name: [] for name in sides}
@@ -104,6 +106,7 @@ def rounds(
         if number > 0 and time.perf_counter() - started > seconds:
             break
         for name, call in list(running.items()):
+            used = time.process_time()
             try:
                 took = timed(call, device)
             except torch.OutOfMemoryError:
@@ -113,6 +116,8 @@ def rounds(
                 continue
             if number >= 0:
                 found[name].append(took)
+                if cpu is not None:
+                    cpu.setdefault(name, []).append(time.process_time() - used)
     return found
 
 

@@ -24,25 +24,28 @@ OUR_PARTS = (
 
 
 class StepClock:
-    """Seconds of each step and of its parts, the first `warmup` steps left out."""
+    """Seconds of each step and of its parts, the first `warmup` steps left out; `cpu` is processor time."""
 
     def __init__(self, device: torch.device, warmup: int, repeats: int, seconds: float) -> None:
         self.device, self.clock = device, Clock(device)
         self.warmup, self.repeats, self.seconds = warmup, repeats, seconds
         self.steps: list[dict[str, float]] = []
-        self.started = self.last = time.perf_counter()
+        self.start()
 
     def start(self) -> None:
         """The first step begins."""
         self.started = self.last = time.perf_counter()
+        self.last_cpu = time.process_time()
 
     def step(self) -> bool:
         """A step has ended; True when there are enough of them."""
         synchronize(self.device)
         now = time.perf_counter()
+        cpu = time.process_time()
         parts, total = self.clock.take(), now - self.last
-        self.steps.append({"total": total, **parts, "other": total - sum(parts.values())})
-        self.last = now
+        step = {"total": total, **parts, "other": total - sum(parts.values()), "cpu": cpu - self.last_cpu}
+        self.steps.append(step)
+        self.last, self.last_cpu = now, cpu
         enough = len(self.steps) >= self.warmup + self.repeats
         return enough or (len(self.steps) > self.warmup and now - self.started > self.seconds)
 
