@@ -208,7 +208,7 @@ def identified(out: Path) -> dict:
 
 def test_bench_rollout(tmp_path, capsys):
     out = tmp_path / "rollout.json"
-    tool("bench_rollout").main([*SMALL, "--rows", "8", "--waves", "2", "--out", str(out)])
+    tool("bench_rollout").main([*SMALL, "--rows", "8", "--waves", "2", "--profile", "--out", str(out)])
     results = identified(out)["results"]
     assert [(r["lengths"], r["completions"], r["group_size"]) for r in results] == [
         ("equal", 8, 1),
@@ -219,6 +219,7 @@ def test_bench_rollout(tmp_path, capsys):
     for r in results:
         assert r["ratio"] == pytest.approx(r["ours"] / max(r["dynamic"], r["static"]))
         assert set(r["peak_mib"]) == {"ours", "dynamic", "static"} and 0 < r["occupancy"] <= 1
+    assert {"aten::mm", "aten::bmm"} <= {o["operator"] for o in results[1]["operators"]}
     assert results[0]["bound"] > 0 and "share" in capsys.readouterr().out
 
 

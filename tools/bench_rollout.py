@@ -26,7 +26,7 @@ import torch
 from tag import dist
 from tag.args import check
 from tag.bench.flags import bench_parser, run_bench, with_sizes
-from tag.bench.measure import median, peak_memory, rounds
+from tag.bench.measure import median, operators, peak_memory, rounds
 from tag.bench.output import card, print_table, write_json
 from tag.bench.workload import (
     Unending,
@@ -57,6 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--peer", choices=("hf", "none"), default="hf", help="none: the engine alone")
     p.add_argument("--peer-rows", type=int, help="`generate` up to so many rows only (default: all, 7b: 64)")
     p.add_argument("--cuda-graphs", action="store_true", help="the engine replays its decoding step as a graph")
+    p.add_argument("--profile", action="store_true", help="list the operators that the engine spends its time in")
     p.add_argument("--compile", action="store_true", help="both sides through torch.compile")
     args = with_sizes(p.parse_args(argv), SIZES)
     check(min(args.rows + args.group_sizes) >= 1, "--rows and --group-sizes must be positive")
@@ -116,6 +117,8 @@ def measure_case(vlm, args, rows: int, group_size: int, lengths: list[int], seco
         if name != "prefill" and found[name]:
             peak = peak_memory(sides[name], device)
             result["peak_mib"][name] = None if peak is None else round(peak / 2**20, 1)
+    if args.profile:
+        result["operators"] = operators(sides["ours"])
     return result | {"kv_mib": engine.kv_bytes / 2**20, "seconds": found}
 
 
