@@ -106,6 +106,7 @@ def run_seed(args, profile: dict, data: Path, seed: int) -> dict:
         if not (where / "metrics.json").is_file():
             seconds[f"eval {model}"] = stage(f"eval of {model}", *command, "--threads", args.threads, "--out", where)
         found[model] = json.loads((where / "metrics.json").read_text())
+        del found[model]["data"]  # a path of this machine; the study's own test split in every case
         answers[model] = read_predictions(where / "predictions.jsonl")
     paired = {f"{b} against {a}": compare_runs(answers[a], answers[b]) for a, b in PAIRS}
     return {"seed": seed, "metrics": found, "paired": paired, "seconds": seconds}
