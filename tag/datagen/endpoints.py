@@ -12,8 +12,9 @@ import io
 import json
 import random
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class EndpointBackend(Backend):
             # Without max_retries=0 the client would try again by itself, unseen and uncounted.
             client = openai.AsyncOpenAI(base_url=url, api_key=key or "none", max_retries=0, timeout=timeout)
             self.endpoints.append(Endpoint(url, client, concurrency))
-        self._freed = asyncio.Condition()
+        self._waiting: deque[asyncio.Future[None]] = deque()  # for a server to be freed, longest first
         self._last_answer = time.monotonic()
         self._started = False
 
@@ -128,7 +129,7 @@ class EndpointBackend(Backend):
             except Fault as e:
                 fault = e
             finally:
-                await self._release(endpoint, fault)
+                self._release(endpoint, fault)
             if not fault.transient:
                 raise fault
             avoid = endpoint
@@ -152,27 +153,40 @@ class EndpointBackend(Backend):
 
     async def _acquire(self, avoid: Endpoint | None) -> Endpoint:
         """The least busy server that may be asked, `avoid` last; waits while there is none. Raises BackendDown."""
-        async with self._freed:
-            while True:
-                now = time.monotonic()
-                self._check_alive(now)
-                free = [e for e in self.endpoints if e.free(now)]
-                if free:
-                    endpoint = min(free, key=lambda e: (e is avoid, e.in_use / e.slots))
-                    endpoint.in_use += 1
-                    return endpoint
-                try:  # a time-out, because the end of a rest wakes nobody
-                    await asyncio.wait_for(self._freed.wait(), 0.5)
-                except TimeoutError:
-                    pass
+        while True:
+            now = time.monotonic()
+            self._check_alive(now)
+            free = [e for e in self.endpoints if e.free(now)]
+            if free:
+                endpoint = min(free, key=lambda e: (e is avoid, e.in_use / e.slots))
+                endpoint.in_use += 1
+                return endpoint
+            await self._wait(0.5)  # not for ever, because the end of a rest wakes nobody
 
-    async def _release(self, endpoint: Endpoint, fault: Fault | None) -> None:
+    async def _wait(self, seconds: float) -> None:
+        """Until a server is freed, or for so long. A future each and no asyncio.Condition: that takes its lock again
+        even when it is cancelled, and a run that stops cancels everyone at once."""
+        freed = asyncio.get_running_loop().create_future()
+        self._waiting.append(freed)
+        try:
+            async with asyncio.timeout(seconds):
+                await freed
+        except TimeoutError:
+            pass
+        finally:
+            with suppress(ValueError):  # taken out already by whoever freed a server
+                self._waiting.remove(freed)
+
+    def _release(self, endpoint: Endpoint, fault: Fault | None) -> None:
         endpoint.note(fault)
         endpoint.in_use -= 1
         if fault is None:
             self._last_answer = time.monotonic()
-        async with self._freed:
-            self._freed.notify()
+        while self._waiting:
+            freed = self._waiting.popleft()
+            if not freed.done():
+                freed.set_result(None)
+                return
 
     def _check_alive(self, now: float) -> None:
         if all(e.gone for e in self.endpoints):
