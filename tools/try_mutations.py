@@ -45,6 +45,15 @@ LOOP = ("tests/test_order_gates.py", *(f"tests/test_replay.py::{name}" for name 
 SCORING = ("tests/test_batching.py", "tests/test_vlm.py")
 
 
+# Which gate says what (tag/gates.py), by how its complaint begins.
+GATES = {
+    "check_mismatch": "sampled and re-scored",
+    "check_ratio": "the ratio is off",
+    "check_reference": "KL to the sft reference",
+    "check_gradient": "the gradient norm",
+}
+
+
 @dataclass(frozen=True)
 class Mutation:
     """One mistake: `find` (once in `file`) becomes `replace`; `tests` are what might notice."""
@@ -243,8 +252,9 @@ def failures(tree: Path, tests: tuple[str, ...]) -> list[str]:
     found = []
     for line in re.findall(r"^(?:FAILED|ERROR) (.*)$", done.stdout, re.M):
         name, _, message = line.partition(" - ")
-        if "gate at step" in message:
-            found.append(f"gate, in a run: {' '.join(message.partition('gate at ')[2].split()[:14])} ...")
+        if gate := re.search(r"gate at (step \d+): (.*)", message):
+            name = next((n for n, start in GATES.items() if gate[2].startswith(start)), "one")
+            found.append(f"gate {name}, in a run at {gate[1]}")
         else:
             found.append(re.sub(r"\[.*", "", name.removeprefix("tests/")))
     return sorted(dict.fromkeys(found), key=lambda name: "::" in name)  # gates first
