@@ -70,7 +70,7 @@ NOT_HERE = {
 def loss_preset(args: dict) -> str:
     """Name of the set that a run's loss flags are, or are closest to in intent: the last one of its `preset` list; else
     the one that agrees with them ("paper" for the defaults), else "paper"."""
-    asked = [name for name in args.get("preset") or () if name in LOSS_PRESETS]
+    asked = [name for name in _names(args) if name in LOSS_PRESETS]
     agree = [name for name, flags in LOSS_PRESETS.items() if all(args[f] == flags[f] for f in LOSS_FLAGS)]
     return (asked[-1:] or agree or ["paper"])[0]
 
@@ -81,9 +81,9 @@ def describe(args: dict) -> list[str]:
 
     args: the run's flags by name, those of LOSS_FLAGS, `preset` and `au_reward` among them.
     """
-    names = args.get("preset") or ["none"]
+    names = _names(args)
     name = loss_preset(args)
-    line = f"preset: {' '.join(names)}; loss: {name} [{SOURCES[name]}]"
+    line = f"preset: {' '.join(names) or 'none'}; loss: {name} [{SOURCES[name]}]"
     changed = [f for f in LOSS_FLAGS if args[f] != LOSS_PRESETS[name][f]]
     if changed:
         line += " except " + ", ".join(f"--{f.replace('_', '-')} {args[f]} ({LOSS_PRESETS[name][f]})" for f in changed)
@@ -93,3 +93,9 @@ def describe(args: dict) -> list[str]:
     reference = "none, no KL term" if no_kl else f"{args['kl_reference']} (beta {args['beta']}, {args['kl_estimator']})"
     flags = (("ratio", "ratio_level"), ("loss average", "loss_average"), ("AU reward", "au_reward"))
     return [line, "; ".join([f"KL reference: {reference}", *(f"{word}: {args[flag]}" for word, flag in flags)])]
+
+
+def _names(args: dict) -> list[str]:
+    """The presets asked for. A run of an earlier version had one name, not a list."""
+    preset = args.get("preset") or []
+    return [preset] if isinstance(preset, str) else [str(name) for name in preset]

@@ -371,23 +371,33 @@ def shown_commands() -> Iterator[tuple[Path, str, str]]:
             yield page, command, output
 
 
-def output_of(command: str) -> list[str]:
+def output_of(words: list[str]) -> list[str]:
     """Lines that one of our tools prints, run in the repository's root. It must end with exit code 0."""
-    words = shlex.split(command, comments=True)
     with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr("sys.argv", words[1:])
         try:
             load(words[1]).main()
         except SystemExit as e:
-            assert not e.code, f"{command}: exit code {e.code}"
+            assert not e.code, f"{shlex.join(words)}: exit code {e.code}"
     return out.getvalue().splitlines()
 
 
 @pytest.mark.parametrize("page, command, told", shown_commands())
 def test_commands_print_what_the_page_shows(page, command, told):
-    found = output_of(command)
+    found = output_of(shlex.split(command))
     assert excerpt(told.splitlines(), found, same_line), f"{command} prints\n" + "\n".join(found)
+
+
+def example_commands() -> list[list[str]]:
+    """Every command on our pages that reads docs/example, each once."""
+    found = {shlex.join(words): words for page in PAGES for words in commands(page)}
+    return [words for words in found.values() if any("docs/example" in word for word in words)]
+
+
+@pytest.mark.parametrize("words", example_commands(), ids=shlex.join)
+def test_commands_on_the_example_run_as_they_stand(words, tmp_path):
+    assert output_of([word.replace("page.html", str(tmp_path / "page.html")) for word in words])
 
 
 def test_an_excerpt_must_fit():
@@ -448,7 +458,7 @@ def refreshed(page: Path) -> str:
     text = "".join(lines)
     for other, command, told in shown_commands():
         if other == page:
-            found = output_of(command)
+            found = output_of(shlex.split(command))
             new = excerpt(told.splitlines(), found, same_words) if "..." in told.splitlines() else found
             if new is None:
                 print(f"{page.name}: the excerpt of {command} fits no more")

@@ -45,6 +45,15 @@ LOOP = ("tests/test_order_gates.py", *(f"tests/test_replay.py::{name}" for name 
 SCORING = ("tests/test_batching.py", "tests/test_vlm.py")
 
 
+# Which gate says what (tag/gates.py), by how its complaint begins.
+GATES = {
+    "check_mismatch": "sampled and re-scored",
+    "check_ratio": "the ratio is off",
+    "check_reference": "KL to the sft reference",
+    "check_gradient": "the gradient norm",
+}
+
+
 @dataclass(frozen=True)
 class Mutation:
     """One mistake: `find` (once in `file`) becomes `replace`; `tests` are what might notice."""
@@ -59,38 +68,10 @@ class Mutation:
 MUTATIONS = [
     Mutation("sign of the KL flipped", "tag/grpo.py", "kl_loss = beta * (kl", "kl_loss = -beta * (kl", FORMULAS),
     Mutation(
-        "KL measured the wrong way round",
-        "tag/grpo.py",
-        "\n    d = logprobs - ref_logprobs\n",
-        "\n    d = ref_logprobs - logprobs\n",
-        FORMULAS,
-    ),
-    Mutation(
         "biased standard deviation (divisor G)",
         "tag/grpo.py",
         "groups.std(dim=1, keepdim=True)",
         "groups.std(dim=1, keepdim=True, unbiased=False)",
-        FORMULAS,
-    ),
-    Mutation(
-        "groups taken across prompts",
-        "tag/grpo.py",
-        "groups = rewards.view(-1, group_size)",
-        "groups = rewards.view(group_size, -1).T",
-        FORMULAS,
-    ),
-    Mutation(
-        "the larger of the two surrogates",
-        "tag/grpo.py",
-        "torch.minimum(unclipped",
-        "torch.maximum(unclipped",
-        FORMULAS,
-    ),
-    Mutation(
-        "pi_old carries gradient",
-        "tag/grpo.py",
-        "old_logprobs.masked_fill(~keep, 0.0).detach()",
-        "old_logprobs.masked_fill(~keep, 0.0)",
         FORMULAS,
     ),
     Mutation(
@@ -119,20 +100,6 @@ MUTATIONS = [
         SCORING,
     ),
     Mutation(
-        "log-probs shifted by one",
-        "tag/data/batching.py",
-        "sources.append(torch.cat([torch.tensor([last_of_prompt]), first + torch.arange(T - 1)]))",
-        "sources.append(first + torch.arange(T))",
-        (*SCORING, *LOOP),
-    ),
-    Mutation(
-        "completions see their siblings' positions (no restart after the prompt)",
-        "tag/data/batching.py",
-        "position_ids[:, r, here] = group.prompt.next_position + torch.arange(T)",
-        "position_ids[:, r, here] = cursor + torch.arange(T)",
-        (*SCORING, *LOOP),
-    ),
-    Mutation(
         "normalised per micro-batch", "train_grpo.py", "normaliser=normaliser,", "normaliser=None,", LOOP
     ),
     Mutation(
@@ -148,6 +115,48 @@ MUTATIONS = [
         'set_adapter(vlm.hf_model, "reference" if args.kl_reference == "sft" else None)',
         "set_adapter(vlm.hf_model, None)",
         LOOP,
+    ),
+    Mutation(
+        "KL measured the wrong way round",
+        "tag/grpo.py",
+        "\n    d = logprobs - ref_logprobs\n",
+        "\n    d = ref_logprobs - logprobs\n",
+        FORMULAS,
+    ),
+    Mutation(
+        "groups taken across prompts",
+        "tag/grpo.py",
+        "groups = rewards.view(-1, group_size)",
+        "groups = rewards.view(group_size, -1).T",
+        FORMULAS,
+    ),
+    Mutation(
+        "the larger of the two surrogates",
+        "tag/grpo.py",
+        "torch.minimum(unclipped",
+        "torch.maximum(unclipped",
+        FORMULAS,
+    ),
+    Mutation(
+        "pi_old carries gradient",
+        "tag/grpo.py",
+        "old_logprobs.masked_fill(~keep, 0.0).detach()",
+        "old_logprobs.masked_fill(~keep, 0.0)",
+        FORMULAS,
+    ),
+    Mutation(
+        "log-probs shifted by one",
+        "tag/data/batching.py",
+        "sources.append(torch.cat([torch.tensor([last_of_prompt]), first + torch.arange(T - 1)]))",
+        "sources.append(first + torch.arange(T))",
+        (*SCORING, *LOOP),
+    ),
+    Mutation(
+        "completions see their siblings' positions (no restart after the prompt)",
+        "tag/data/batching.py",
+        "position_ids[:, r, here] = group.prompt.next_position + torch.arange(T)",
+        "position_ids[:, r, here] = cursor + torch.arange(T)",
+        (*SCORING, *LOOP),
     ),
     Mutation(
         "reference sees the trained projector",
@@ -243,8 +252,9 @@ def failures(tree: Path, tests: tuple[str, ...]) -> list[str]:
     found = []
     for line in re.findall(r"^(?:FAILED|ERROR) (.*)$", done.stdout, re.M):
         name, _, message = line.partition(" - ")
-        if "gate at step" in message:
-            found.append(f"gate, in a run: {' '.join(message.partition('gate at ')[2].split()[:14])} ...")
+        if gate := re.search(r"gate at (step \d+): (.*)", message):
+            name = next((n for n, start in GATES.items() if gate[2].startswith(start)), "one")
+            found.append(f"gate {name}, in a run at {gate[1]}")
         else:
             found.append(re.sub(r"\[.*", "", name.removeprefix("tests/")))
     return sorted(dict.fromkeys(found), key=lambda name: "::" in name)  # gates first
@@ -259,7 +269,8 @@ def as_markdown(rows: list[tuple[Mutation, list[str]]]) -> str:
         "",
         "Each row is a mistake that GRPO implementations have made, put on purpose into a copy of the tree: one line "
         "is replaced, then the fast tests that might notice are run. One of the test files trains for two steps with "
-        f"all gates on, so a row can also name the gate that stopped such a run. At most {SHOWN} names a row.",
+        "all gates on, so a row can also name the gate (`tag/gates.py`) that stopped such a run. At most "
+        f"{SHOWN} names a row.",
         "",
         f"Made by `python tools/try_mutations.py --markdown docs/mutations.md` ({versions}; CPU, "
         f"{platform.machine()}). Nothing here is written by hand.",
