@@ -15,6 +15,7 @@ import argparse
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -272,7 +273,7 @@ def as_markdown(rows: list[tuple[Mutation, list[str]]]) -> str:
         "all gates on, so a row can also name the gate (`tag/gates.py`) that stopped such a run. At most "
         f"{SHOWN} names a row.",
         "",
-        f"Made by `python tools/try_mutations.py --markdown docs/mutations.md` ({versions}; CPU, "
+        f"Made by `{shlex.join(['python', 'tools/try_mutations.py', *sys.argv[1:]])}` ({versions}; CPU, "
         f"{platform.machine()}). Nothing here is written by hand.",
         "",
         "| mistake | in | caught by |",
