@@ -360,7 +360,8 @@ def test_a_broken_image_in_a_worker_is_named(synth, small, tmp_path):
 def test_workers_do_not_outlive_a_killed_process():
     code = (
         "import time; from tag.data.faces import start_workers\n"
-        "print(*start_workers(2, None)._processes, flush=True); time.sleep(60)"
+        "pool = start_workers(2, None)\n"  # kept: a pool that nobody holds ends its workers itself
+        "print(*pool._processes, flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     workers = [int(pid) for pid in process.stdout.readline().split()]
