@@ -329,6 +329,8 @@ def train(args, here: dist.Dist) -> None:
 
         # 7. Record the step, on schedule and whenever a gate has tripped; then stop, or go on if gates are waived.
         if recording or complaints:
+            if args.record_state and not before and update == 0 and not args.waive_gates:
+                before = snapshot(params, optimizer)  # stopped at the first inner update: nothing has moved yet
             save_record(
                 out,
                 card | {"step": step, "complaints": complaints, "loss": stats.sums, "grad_norm": grad_norm},

@@ -472,6 +472,8 @@ def damage(folder: Path, kind: str) -> None:
         card["args"]["adapter"] = str(folder / "nowhere")
     elif kind == "lost images":
         card["args"]["image_root"] = str(folder / "nowhere")
+    elif kind == "missing image":
+        card["faces"][0]["record"]["image"] = "train/gone.png"
     elif kind == "another image":
         card["faces"][0]["sha256"] = "0" * 64
     elif kind == "no face":
@@ -500,8 +502,21 @@ def damage(folder: Path, kind: str) -> None:
 
 
 DAMAGES = ["truncated", "no card", "other version", "no beta", "odd beta", "odd estimator", "odd dtype", "no model"]
-DAMAGES += ["lost adapter", "lost images", "another image", "no face", "no text", "no loss", "state of another model"]
+DAMAGES += [
+    "lost adapter",
+    "lost images",
+    "missing image",
+    "another image",
+    "no face",
+    "no text",
+    "no loss",
+    "state of another model",
+]
 DAMAGES += ["token ids", "another prompt", "no log-probs", "advantages"]
+
+
+WITHOUT_MODEL = ("lost adapter", "lost images", "missing image", "another image", "state of another model")
+WITHOUT_MODEL += ("another prompt", "token ids")
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -510,10 +525,14 @@ def test_a_bad_record_is_one_line_and_exit_code_2(folder, tmp_path, kind, capsys
     shutil.copytree(folder, copy)
     damage(copy, kind)
     assert call(replay_step, copy) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if "error" in line]
     assert len(lines) == 1 and lines[0].startswith("error: ")
+    without_model = kind in WITHOUT_MODEL  # where the record itself is whole, what needs no model is shown
+    assert ("the model cannot be rebuilt" in said.out and "loss equal bit for bit" in said.out) == without_model
     if kind not in ("no text", "no loss", "advantages", "no log-probs"):  # those it does not read
         assert call(compare_losses, copy) == 2
+        assert "GRPO (paper)" in capsys.readouterr().out or not without_model
 
 
 def test_no_record_at_all(tmp_path, capsys):
@@ -681,18 +700,30 @@ def test_a_temperature_in_sampling_alone_is_stopped(make_run):
         make_run("--temperature", "0.8", "--record-every", "0")
 
 
-def test_a_step_that_a_gate_stopped_can_be_replayed(make_run, monkeypatch, tmp_path_factory, capsys):
-    """The record is there for the debugger when the run is not."""
+@pytest.mark.parametrize("updates", ["1", "2"])
+def test_a_step_that_a_gate_stopped_can_be_replayed(make_run, monkeypatch, tmp_path_factory, updates, capsys):
+    """The record is there for the debugger when the run is not, with the weights if they were asked for."""
     base = tmp_path_factory.getbasetemp()
     before = set(base.glob("run*"))
-    monkeypatch.setattr(train_grpo, "check_ratio", lambda ratio, mask: "made up")
-    with pytest.raises(GateError, match="made up"):
-        make_run("--updates-per-step", "2", "--record-every", "0", "--max-steps", "1")
+    checks = iter([None, "made up"])  # at step 1, which is not on schedule
+    monkeypatch.setattr(train_grpo, "check_ratio", lambda ratio, mask: next(checks))
+    with pytest.raises(GateError, match="gate at step 1: made up"):
+        make_run("--updates-per-step", updates, "--record-every", "2")
     out = (set(base.glob("run*")) - before).pop() / "run"
-    record = load_record(list_records(out)[0])
+    found = list_records(out)[1]
+    record = load_record(found)
     assert record.meta["complaints"] == ["made up"] and inner_updates(record) == 1
-    assert call(replay_step, list_records(out)[0]) == 0  # no state was taken: what needs no model
-    assert "no state.safetensors" in capsys.readouterr().out
+    assert call(replay_step, found) == 0
+    assert "loss and gradient norm equal bit for bit" in capsys.readouterr().out
+
+
+def test_weights_that_have_moved_are_not_called_those_before(make_run, monkeypatch, capsys):
+    """Gates waived, the step is made: a record off schedule then has no state, rather than a wrong one."""
+    checks = iter([None, "made up"])
+    monkeypatch.setattr(train_grpo, "check_ratio", lambda ratio, mask: next(checks))
+    records = list_records(make_run("--record-every", "2", "--waive-gates"))
+    assert [bool(load_record(r).state) for r in records] == [True, False]
+    assert call(replay_step, records[1]) == 0 and "no state.safetensors" in capsys.readouterr().out
 
 
 def test_records_of_several_ranks_are_compared_as_far_as_they_go(record):

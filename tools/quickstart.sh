@@ -40,6 +40,8 @@ cat <<TEXT
 
 What to run next (in .venv: source .venv/bin/activate):
   three seeds, 1,000 test faces      python tools/run_study.py --profile full --out runs/study
+  tag: every token, box and reward   python tools/inspect_rollouts.py $out/seed0/tag
+  tag: what went wrong first         python tools/check_run.py $out/seed0/tag
   curves                             pip install tensorboard && tensorboard --logdir $out
   one stage alone, other flags       python train_grpo.py --help
   a plain Hugging Face checkpoint    python tools/merge_lora.py --model tiny --adapter $out/seed0/tag/best --out merged
