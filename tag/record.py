@@ -39,6 +39,7 @@ from tag.rollout import Rollout
 
 FORMAT = 1
 PER_TOKEN = ("sampled_logprobs", "old_logprobs", "logprobs", "ref_logprobs", "entropy", "ratio", "kl")  # (N, T)
+WITH_REFERENCE = ("ref_logprobs", "kl")  # those of them that only a run with a KL term has
 
 
 @dataclass
@@ -182,7 +183,7 @@ def load_record(folder: str | os.PathLike, with_state: bool = True) -> StepRecor
         G, N, T = int(meta["args"]["group_size"]), *tensors["token_ids"].shape
         consistent = (
             len(meta["completions"]) == N == len(meta["faces"]) * G
-            and all(tensors[k].shape == (N, T) for k in PER_TOKEN if k in tensors)
+            and all(tensors[k].shape == (N, T) for k in PER_TOKEN if k in tensors or k not in WITH_REFERENCE)
             and tensors["lengths"].shape == tensors["advantages"].shape == (N,)
             and tensors["rewards"].shape == (N, 4)
             and tensors["prompt_ids"].ndim == 1
@@ -194,7 +195,8 @@ def load_record(folder: str | os.PathLike, with_state: bool = True) -> StepRecor
             raise DataError(f"{folder}: record.json and tensors.safetensors do not belong together")
         finite = all(tensors[k].isfinite().all() for k in ("advantages", "sampled_logprobs"))
         finite = finite and bool(tensors["rewards"][:, [0, 1, 3]].isfinite().all())  # R_AU may be absent, which is NaN
-        int(meta["step"])
+        if not isinstance(meta["step"], int) or not isinstance(meta.get("complaints", []), list):
+            raise DataError(f"{folder}: record.json names no step, or complaints that are no list")
     except DataError:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:

@@ -472,6 +472,12 @@ def damage(folder: Path, kind: str) -> None:
         card["args"]["adapter"] = str(folder / "nowhere")
     elif kind == "lost images":
         card["args"]["image_root"] = str(folder / "nowhere")
+    elif kind == "no ratio":
+        write_tensors(folder / "tensors.safetensors", {k: v for k, v in record.tensors.items() if k != "ratio"})
+    elif kind == "odd step":
+        card["step"] = 1e999
+    elif kind == "odd complaints":
+        card["complaints"] = 3
     elif kind == "missing image":
         card["faces"][0]["record"]["image"] = "train/gone.png"
     elif kind == "another image":
@@ -512,7 +518,7 @@ DAMAGES += [
     "no loss",
     "state of another model",
 ]
-DAMAGES += ["token ids", "another prompt", "no log-probs", "advantages"]
+DAMAGES += ["token ids", "another prompt", "no log-probs", "advantages", "no ratio", "odd step", "odd complaints"]
 
 
 WITHOUT_MODEL = ("lost adapter", "lost images", "missing image", "another image", "state of another model")

@@ -7,6 +7,7 @@ it is looked at, so the page opens at once however many steps it holds.
 """
 
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -195,8 +196,8 @@ def _scales(run: Run, views: Sequence[StepView]) -> dict[str, float]:
         values = torch.cat([view.samples[name] for view in views if name in view.samples])
         scales[name] = number(float(np.percentile(values.numpy(), QUANTILE)), 4) if len(values) else 0.0
     try:  # ratios within the clip range are pale, whatever happens
-        scales["ratio"] = max(scales.get("ratio", 0.0), number(float(np.log(clip_range(run.args)[1])), 4) or 0.0)
-    except (KeyError, TypeError):
+        scales["ratio"] = max(scales.get("ratio", 0.0), number(math.log(clip_range(run.args)[1]), 4) or 0.0)
+    except (KeyError, TypeError, ValueError):
         pass
     return scales
 
