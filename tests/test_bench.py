@@ -206,6 +206,7 @@ def identified(out: Path) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_bench_rollout(tmp_path, capsys):
     out = tmp_path / "rollout.json"
     tool("bench_rollout").main([*SMALL, "--rows", "8", "--waves", "2", "--profile", "--out", str(out)])
@@ -245,6 +246,7 @@ def test_bench_grpo_alone(tmp_path):
     ElementTree.parse(tmp_path / "grpo.svg")
 
 
+@pytest.mark.slow
 def test_bench_sft_alone(tmp_path):
     out = tmp_path / "sft.json"
     tool("bench_sft").main([*SMALL, "--peer", "none", "--warmup", "1", "--out", str(out)])

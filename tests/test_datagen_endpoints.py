@@ -107,6 +107,7 @@ KINDS = {
 RULES = {"refusal": "refused", "length": "cut_off", "not_json": "not_json", "invented": "au_invented"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", KINDS)
 def test_each_fault_of_the_transport_is_survived_and_counted(tmp_path, serve, fault):
     url = serve("--fault-rate", "0.15", "--faults", fault)
@@ -116,6 +117,7 @@ def test_each_fault_of_the_transport_is_survived_and_counted(tmp_path, serve, fa
     assert sum(n for k, n in counts.items() if k.startswith("accepted")) == 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", RULES)
 def test_each_fault_of_the_answer_is_asked_again_and_counted(tmp_path, serve, fault):
     url = serve("--fault-rate", "0.2", "--faults", fault)
@@ -131,6 +133,7 @@ def test_every_fault_of_the_fake_server_is_tested():
     assert set(fake.FAULTS) == {*KINDS, *RULES, "bad_request"}
 
 
+@pytest.mark.slow
 def test_one_dead_server_out_of_four(tmp_path, serve, monkeypatch):
     monkeypatch.setattr(endpoints, "MAX_REST", 60.0)
     urls = [serve(), dead_address(), serve(), serve()]
@@ -147,6 +150,7 @@ def test_nobody_answers_stops_the_run_and_keeps_all(tmp_path):
     assert "no answer from any server" in run.stopped and "connection" in run.stopped and not counts
 
 
+@pytest.mark.slow
 def test_a_face_without_an_answer_is_left_for_the_next_run(tmp_path, serve):
     url = serve("--fault-rate", "1", "--faults", "server_error")
     run, counts, stats = run_build(tmp_path, [url], 6, tries=3)
@@ -238,6 +242,7 @@ def check_all_there(out: Path, count: int, summary: dict) -> None:
     assert sum(summary["exported"].values()) == len(kept)
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_nothing_is_lost_or_doubled(tmp_path, serve):
     flags = ("--fault-rate", "0.2", "--faults", "rate_limit,server_error,reset,cut,html,refusal,not_json,invented")
     summary = kill_and_restart(tmp_path, [serve(*flags), serve(*flags)], count=150, concurrency=8, kills=3, timeout=20)
