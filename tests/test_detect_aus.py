@@ -6,13 +6,18 @@ Most tests put a made-up detector in MediaPipe's place; those named `real` need 
 ../shared/assets, or $TAG_ASSETS) and are skipped without them.
 """
 
+import contextlib
 import csv
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,9 +26,11 @@ import pytest
 import torch
 from PIL import Image
 
+from tag.au.annotate import Journal
 from tag.au.base import NO_FACE, Detector, FaceAUs
 from tag.au.graphau import GraphAU
 from tag.au.mesh import NUM_POINTS
+from tag.au.workers import Workers
 from tag.boxes import is_valid
 from tag.data.records import read_records, resolve_image
 from tag.trace import aus_of_boxes, parse
@@ -43,14 +50,32 @@ tool = load_tool("detect_aus")
 draw_tool = load_tool("draw_boxes")
 
 
+class Seen:
+    """What the made-up detectors have looked at, over all processes and runs of the test: one line of a file each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.clear()
+
+    def add(self, image: Image.Image) -> None:
+        with open(self.path, "ab", buffering=0) as f:
+            f.write(b"%d x %d\n" % image.size)
+
+    def clear(self) -> None:
+        self.path.write_bytes(b"")
+
+    def __len__(self) -> int:
+        return self.path.read_bytes().count(b"\n")
+
+
 class MadeUpDetector(Detector):
     """A "face" on every image that is not of one colour; mesh and scores depend on the image's content alone."""
 
     name = "made-up"
     batch_size = 3
 
-    def __init__(self, seen: list, stop_after: int | None = None, slow: bool = False) -> None:
-        self.seen, self.stop_after, self.slow = seen, stop_after, slow
+    def __init__(self, seen: Seen | None = None, slow: bool = False, deadly: Path | None = None) -> None:
+        self.seen, self.slow, self.deadly = seen, slow, deadly
 
     def detect(self, images):
         if self.slow:
@@ -58,9 +83,10 @@ class MadeUpDetector(Detector):
         return [self._one(image) for image in images]
 
     def _one(self, image):
-        if self.stop_after is not None and len(self.seen) >= self.stop_after:
-            raise KeyboardInterrupt
-        self.seen.append(image.size)
+        if self.seen is not None:
+            self.seen.add(image)
+        if self.deadly and self.deadly.exists() and image.height in map(int, self.deadly.read_text().split()):
+            os.kill(os.getpid(), signal.SIGKILL)
         if image.getpixel((0, 0)) == (255, 0, 255):
             raise RuntimeError("graph has errors:\nsecond line")
         if all(low == high for low, high in image.getextrema()):
@@ -71,9 +97,9 @@ class MadeUpDetector(Detector):
 
 
 @pytest.fixture
-def seen(monkeypatch):
+def seen(monkeypatch, tmp_path):
     """Images the made-up detectors have looked at, over all runs of the test."""
-    images: list = []
+    images = Seen(tmp_path / "seen")
     monkeypatch.setattr(tool, "make_detector", lambda args: MadeUpDetector(images))
     return images
 
@@ -151,33 +177,153 @@ def test_every_row_is_a_record_or_rejected(tmp_path, seen, capsys):
 
 def test_result_does_not_depend_on_the_number_of_workers(tmp_path, monkeypatch):
     rows = make_folder(tmp_path / "faces", 30)
-    monkeypatch.setattr(tool, "make_detector", lambda args: MadeUpDetector([], slow=True))
+    monkeypatch.setattr(tool, "make_detector", lambda args: MadeUpDetector(slow=True))
     flags = ("--test-count", "7", "--val-fraction", "0.2", "--dataset", "d")
     for workers in ("1", "4"):
         assert call(tmp_path, rows, *flags, "--workers", workers, out=f"w{workers}.jsonl") == 0
     assert (tmp_path / "w1.jsonl").read_bytes() == (tmp_path / "w4.jsonl").read_bytes()
 
 
-def test_killed_run_continues_where_it_was(tmp_path, monkeypatch, capsys):
+def test_interrupted_run_continues_where_it_was(tmp_path, seen, monkeypatch, capsys):
     rows = make_folder(tmp_path / "faces", 20)
-    monkeypatch.setattr(tool, "make_detector", lambda args: MadeUpDetector([]))
     assert call(tmp_path, rows, "--dataset", "d", out="whole.jsonl") == 0
-    seen: list = []
-    monkeypatch.setattr(tool, "make_detector", lambda args: MadeUpDetector(seen, stop_after=9))
-    assert call(tmp_path, rows, "--dataset", "d", "--workers", "1") == 130
-    assert "continues" in error_line(capsys) and not (tmp_path / "x.jsonl").exists()
-    journal = tmp_path / "x.jsonl.progress"
-    kept = len(journal.read_text().splitlines()) - 1
-    assert kept == 9  # all that was finished, however the threads took turns
-    with open(journal, "ab") as f:
-        f.write(b'{"image": "19.png", "stamp"')  # a line torn by the kill
     seen.clear()
-    monkeypatch.setattr(tool, "make_detector", lambda args: MadeUpDetector(seen))
+    add = Journal.add
+
+    def stop_after_nine(journal, outcome):
+        if len(journal.done) == 9:
+            raise KeyboardInterrupt
+        add(journal, outcome)
+
+    with monkeypatch.context() as m:
+        m.setattr(Journal, "add", stop_after_nine)
+        assert call(tmp_path, rows, "--dataset", "d") == 130
+    assert "continues" in error_line(capsys) and not (tmp_path / "x.jsonl").exists()
+    assert not multiprocessing.active_children()
+    journal = tmp_path / "x.jsonl.progress"
+    assert len(journal.read_text().splitlines()) - 1 == 9
+    with open(journal, "ab") as f:
+        f.write(b'{"image": "19.png", "stamp"')  # a line torn by a kill
+    seen.clear()
     assert call(tmp_path, rows, "--dataset", "d", "--threshold", "0.3") == 2  # other settings: not mixed
-    assert "other settings" in error_line(capsys) and not seen
+    assert "other settings" in error_line(capsys) and not len(seen)
     assert call(tmp_path, rows, "--dataset", "d") == 0
-    assert len(seen) == 20 - kept
+    assert len(seen) == 20 - 9
     assert (tmp_path / "x.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+# ---------------------------------------------------------------- processes that die
+
+
+@pytest.fixture
+def deadly(tmp_path, monkeypatch, seen):
+    """A file of heights; images of such a height kill the process that looks at them."""
+    path = tmp_path / "deadly"
+    monkeypatch.setattr(tool, "make_detector", lambda args: MadeUpDetector(seen, deadly=path))
+    return path
+
+
+def test_worker_that_dies_is_said_in_one_line_and_nothing_is_lost(tmp_path, deadly, capsys, monkeypatch):
+    rows = make_folder(tmp_path / "faces", 20)
+    assert call(tmp_path, rows, "--dataset", "d", out="whole.jsonl") == 0
+    deadly.write_text("22")  # 06.png
+    replaced = Workers._replace
+
+    def once(workers, dead, again):
+        deadly.unlink(missing_ok=True)  # it was the machine, not the image
+        return replaced(workers, dead, again)
+
+    monkeypatch.setattr(Workers, "_replace", once)
+    capsys.readouterr()
+    assert call(tmp_path, rows, "--dataset", "d") == 0
+    shown = capsys.readouterr()
+    assert re.fullmatch(
+        r"detect_aus: worker \d \(process \d+\) died \(SIGKILL\) while it looked at 06\.png and 2 more; another takes "
+        r"its place, nothing is lost\n",
+        shown.err,
+    )
+    assert (tmp_path / "x.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert json.loads((tmp_path / "x.summary.json").read_text())["speed"]["images"] == 20
+
+
+def test_image_that_kills_its_worker_costs_only_itself(tmp_path, deadly, seen, capsys):
+    rows = make_folder(tmp_path / "faces", 20)
+    deadly.write_text("22 35")  # 06.png, 19.png
+    assert call(tmp_path, rows) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 7 and all("died (SIGKILL)" in line for line in lines[:-1])
+    assert "labels.csv:8: 06.png: 2 workers died on it" in lines[-1] and "1 more bad image" in lines[-1]
+    seen.clear()
+    assert call(tmp_path, rows, "--on-bad-image", "skip") == 0
+    assert len(seen) == 5 and len(capsys.readouterr().err.splitlines()) == 5  # tried again, nothing else is
+    assert [e["image"] for e in rejected(tmp_path / "x.rejected.jsonl")] == ["06.png", "19.png"]
+    assert len(read_records(tmp_path / "x.jsonl")) == 18
+
+
+def test_workers_that_all_die_end_the_run_in_one_line(tmp_path, deadly, capsys):
+    rows = make_folder(tmp_path / "faces", 30)
+    deadly.write_text(" ".join(str(16 + i) for i in range(9, 30)))
+    assert call(tmp_path, rows) == 2
+    assert "workers died one after the other" in capsys.readouterr().err.splitlines()[-1]
+    deadly.unlink()
+    assert call(tmp_path, rows) == 0 and len(read_records(tmp_path / "x.jsonl")) == 30
+
+
+def test_workers_killed_from_outside_at_random(tmp_path, monkeypatch, capsys):
+    rows = make_folder(tmp_path / "faces", 60)
+    monkeypatch.setattr(tool, "make_detector", lambda args: MadeUpDetector(slow=True))
+    assert call(tmp_path, rows, "--dataset", "d", out="whole.jsonl") == 0
+    killed = []
+
+    def kill(pid: int) -> None:
+        time.sleep(0.03 * random.random())
+        with contextlib.suppress(ProcessLookupError):  # it has been waited for meanwhile
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    made = Workers.__init__
+
+    def make_and_kill(workers, *args):
+        made(workers, *args)
+        pids = [process.pid for process in multiprocessing.active_children()]
+        for pid in pids[:2]:
+            threading.Thread(target=kill, args=(pid,)).start()
+
+    monkeypatch.setattr(Workers, "__init__", make_and_kill)
+    capsys.readouterr()
+    assert call(tmp_path, rows, "--dataset", "d", "--workers", "3") == 0
+    assert len(killed) == 2 and capsys.readouterr().err.count("died (SIGKILL)") == 2
+    assert (tmp_path / "x.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """No process is left behind to eat the machine."""
+    code = """
+import os, sys, time
+from test_detect_aus import MadeUpDetector
+from tag.au.workers import Workers
+workers = Workers(MadeUpDetector, lambda batch, detector: [time.sleep(0.05)] and [], 3)
+print(*[w.process.pid for w in workers._workers], flush=True)
+for _ in workers.run([["a"]] * 10**6):
+    pass
+"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+
+    def alive(pid: int) -> bool:
+        status = Path(f"/proc/{pid}/stat")  # a zombie, not yet waited for by init, has ended
+        return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(pids) == 3 and not any(map(alive, pids))
 
 
 def test_finished_output_is_not_overwritten_unasked(tmp_path, seen, capsys):
@@ -227,7 +373,7 @@ def test_missing_images_and_paths_that_leave_the_folder(tmp_path, seen, capsys):
     Image.new("RGB", (9, 9)).save(tmp_path / "outside.png")
     rows += [["../outside.png", "fear"], ["sub/../gone.png", "fear"], [str(tmp_path / "outside.png"), "anger"]]
     assert call(tmp_path, rows) == 2
-    assert "labels.csv:5: ../outside.png" in error_line(capsys) and not seen  # found before any work
+    assert "labels.csv:5: ../outside.png" in error_line(capsys) and not len(seen)  # found before any work
     assert call(tmp_path, rows, "--on-bad-image", "skip") == 0
     reasons = [e["reason"] for e in rejected(tmp_path / "x.rejected.jsonl")]
     assert reasons == ["outside_root", "missing", "outside_root"]
@@ -277,7 +423,7 @@ def test_bad_tables_are_one_line_naming_the_place(tmp_path, seen, capsys, text, 
     labels.write_bytes(text if isinstance(text, bytes) else text.encode())
     out = tmp_path / "x.jsonl"
     assert tool.main(["--images", str(tmp_path / "faces"), "--labels", str(labels), "--out", str(out)]) == 2
-    assert expected in error_line(capsys) and not seen and not out.exists()
+    assert expected in error_line(capsys) and not len(seen) and not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -299,7 +445,7 @@ def test_bad_tables_are_one_line_naming_the_place(tmp_path, seen, capsys, text, 
 def test_bad_flags_are_one_line(tmp_path, seen, capsys, flags, expected):
     rows = make_folder(tmp_path / "faces", 2)
     assert call(tmp_path, rows, *flags) == 2
-    assert expected in error_line(capsys) and not seen
+    assert expected in error_line(capsys) and not len(seen)
 
 
 # ---------------------------------------------------------------- draw_boxes

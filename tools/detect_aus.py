@@ -9,6 +9,10 @@ detector_failed). A bad image (the latter four) makes the run end with exit code
 a hole in a data set should be somebody's decision; nothing is lost: run again with --on-bad-image skip, or with the
 file repaired, and finished images are not looked at again. The same holds for a run that was killed.
 
+Detection runs in --workers processes; what is written does not depend on their number. One that dies is replaced, in
+one line on standard error; an image on which two have died counts as detector_failed. X.summary.json has what was
+found, AU activation by class, and images a second in total and by process.
+
     python tools/detect_aus.py --detector graphau --graphau-checkpoint FILE.pth --graphau-arch resnet50 ...
 
 takes AU scores from OpenGraphAU (released weights, not included) and only landmarks from MediaPipe.
@@ -24,28 +28,33 @@ import json
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout without installing
 
+import torch
+from tqdm import tqdm
+
 from tag import __version__
-from tag.au.annotate import BAD_IMAGE, Journal, Outcome, annotate, build_record, check_images, record_ids
+from tag.au.annotate import Journal, annotate, build_record, check_images, look, record_ids
 from tag.au.base import Detector
+from tag.au.outcome import BAD_IMAGE, Outcome
+from tag.au.summary import SPLITS, as_text, speed_summary, summarize
+from tag.au.workers import Workers
+from tag.bench.output import card, write_json
 from tag.data.datasets import READERS, disagreement, read_dataset
 from tag.data.labels_csv import LabelRow, drop_repeats, read_labels
 from tag.data.records import Record, write_records
 from tag.data.splits import assign_splits
 from tag.errors import DataError, UsageError
 from tag.files import replacing
-from tag.labels import CLASSES
 
 # Detector -> defaults of (--threshold, --candidate-threshold). A cosine of 0.5 is where OpenGraphAU's own scripts cut;
 # the paper's figures show an AU of 0.46 as activated.
 DETECTORS = {"mediapipe": (0.2, 0.35), "graphau": (0.4, 0.45)}
 GRAPHAU_ARCHS = ("resnet18", "resnet50", "swin-t", "swin-s", "swin-b")  # those of tag.au.graphau, which imports torch
-SPLITS = ("train", "val", "test")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -58,7 +67,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--labels", metavar="CSV", help="table of images and labels")
     p.add_argument("--layout", choices=sorted(READERS), help="instead of --labels: --images holds this data set")
     p.add_argument("--rule", help="with --layout: how votes become labels, see tools/count_splits.py")
-    p.add_argument("--out", required=True, metavar="X.jsonl", help="records; X.rejected.jsonl is written beside it")
+    p.add_argument(
+        "--out",
+        required=True,
+        metavar="X.jsonl",
+        help="records; X.rejected.jsonl and X.summary.json are written beside it",
+    )
     p.add_argument("--detector", choices=DETECTORS, default="mediapipe")
     p.add_argument("--face-landmarker", metavar="PATH", help="face_landmarker.task (else $TAG_FACE_LANDMARKER, cache)")
     p.add_argument("--weak-aus", action="store_true", help="also AU9, AU23, AU27, AU45, hardly visible to mediapipe")
@@ -85,7 +99,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--test-count", type=int, metavar="N", help="exactly N, in proportion to the classes")
     p.add_argument("--split-files", action="store_true", help="also train.jsonl, val.jsonl and test.jsonl beside --out")
     p.add_argument("--seed", type=int, default=0, help="of the splits and of the wording of traces (default 0)")
-    p.add_argument("--workers", type=int, help="threads, one detector each (default: one per core, at most 8)")
+    p.add_argument("--workers", type=int, help="processes, one detector each (default: one per core, at most 8)")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N rows of the table")
     p.add_argument("--on-bad-image", choices=("stop", "skip"), default="stop", help="see above (default stop)")
     p.add_argument("--overwrite", action="store_true", help="replace --out, and an unfinished run with other settings")
@@ -130,7 +144,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 something must be put right (one line on stderr), 130 interrupted."""
     try:
-        run(parse_args(argv))
+        run(parse_args(argv), argv)
     except (DataError, UsageError) as e:
         print(f"detect_aus: {e}", file=sys.stderr)
         return 2
@@ -143,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, argv: Sequence[str] | None = None) -> None:
     """The whole job, top to bottom. Raises DataError."""
     # ---- what is asked for, checked before any work
     if not Path(args.images).is_dir():
@@ -170,33 +184,26 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(f"--test-count and --val-count ask for more than the {len(usable)} images there are")
 
     # ---- detection, every finished image kept in the journal
-    detectors: list[Detector] = []
-    journal_path = args.out.with_name(args.out.name + ".progress")
-    try:
-        for _ in range(min(args.workers, len(usable))):
-            detectors.append(make_detector(args))
-        settings = {"tag": __version__, "detector": detectors[0].name, "threshold": args.threshold, **detectors[0].info}
-        journal = Journal(journal_path, settings, replace=args.overwrite)
-        start = time.perf_counter()
+    began = time.perf_counter()
+    job = (partial(make_detector, args), partial(look, root=Path(args.images), threshold=args.threshold))
+    with Workers(*job, min(args.workers, len(usable)), note) as workers:
+        settings = {"tag": __version__, "detector": workers.name, "threshold": args.threshold, **workers.info}
+        journal = Journal(args.out.with_name(args.out.name + ".progress"), settings, replace=args.overwrite)
+        ready = time.perf_counter()
         try:
             with _progress_bar(len(usable)) as bar:
-                outcomes, looked_at = annotate(
-                    [row.image for row in usable], args.images, detectors, journal, args.threshold, bar.update
-                )
+                outcomes, looked_at = annotate([r.image for r in usable], args.images, workers, journal, bar.update)
         finally:
             journal.close()
-        seconds = time.perf_counter() - start
+        speed = speed_summary(looked_at, time.perf_counter() - ready, ready - began, workers.speeds)
 
-        broken = {image: o for image, o in outcomes.items() if o.reason in BAD_IMAGE}
-        if broken and args.on_bad_image == "stop":
-            raise _bad_images([row for row in usable if row.image in broken], broken)
+    broken = {image: o for image, o in outcomes.items() if o.reason in BAD_IMAGE}
+    if broken and args.on_bad_image == "stop":
+        raise _bad_images([row for row in usable if row.image in broken], broken)
 
-        # ---- records and what was left out, in the order of the table
-        outcomes.update(bad)
-        records = make_records(args, [row for row in wanted if not outcomes[row.image].reason], outcomes, detectors[0])
-    finally:
-        for detector in detectors:
-            detector.close()
+    # ---- records and what was left out, in the order of the table
+    outcomes.update(bad)
+    records = make_records(args, [row for row in wanted if not outcomes[row.image].reason], outcomes, workers)
     rejected = [
         _reject(row, "dropped_label", f"{row.word!r} is not one of the 7 classes") for row in rows if not row.label
     ]
@@ -212,9 +219,19 @@ def run(args: argparse.Namespace) -> None:
     if args.split_files:
         for split in SPLITS:
             write_records(args.out.with_name(f"{split}.jsonl"), [r for r in records if r.split == split])
+    found = summarize(records, rejected)
+    facts = card("tools/detect_aus.py", args, argv, torch.device("cpu"), ("mediapipe",))
+    write_json(args.out.with_name(args.out.stem + ".summary.json"), {**facts, "found": found, "speed": speed})
     write_records(args.out, records)  # last: while it is not there, the same command can be given again
     journal.remove()
-    print_summary(args, records, rejected, looked_at, seconds, len(detectors))
+    print(f"{args.out}: {len(records)} records; {args.out.stem}.rejected.jsonl: {len(rejected)}")
+    print(f"image root      {args.images}")
+    print(as_text(found, speed))
+
+
+def note(line: str) -> None:
+    """Say something on standard error, above the progress bar if there is one."""
+    tqdm.write(f"detect_aus: {line}", file=sys.stderr)
 
 
 def read_rows(args: argparse.Namespace) -> list[LabelRow]:
@@ -239,6 +256,7 @@ def make_detector(args: argparse.Namespace) -> Detector:
     if args.detector == "graphau":
         from tag.au.graphau_detector import GraphAUDetector, load_network
 
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.workers))  # the other cores have processes of ours
         network = load_network(args.graphau_checkpoint, args.graphau_arch, args.graphau_stage, args.device)
         return GraphAUDetector(*network, args.face_landmarker)
     from tag.au.mediapipe import MediaPipeDetector
@@ -247,7 +265,7 @@ def make_detector(args: argparse.Namespace) -> Detector:
 
 
 def make_records(
-    args: argparse.Namespace, rows: list[LabelRow], outcomes: dict[str, Outcome], detector: Detector
+    args: argparse.Namespace, rows: list[LabelRow], outcomes: dict[str, Outcome], workers: Workers
 ) -> list[Record]:
     """Records of the rows on whose image a face was found, in the order of the table."""
     splits = [row.split for row in rows]
@@ -263,42 +281,11 @@ def make_records(
     seed = None if args.no_trace else args.seed
     return [
         build_record(
-            *(outcomes[row.image], row.label, split, args.dataset, name, detector),
+            *(outcomes[row.image], row.label, split, args.dataset, name, workers),
             *(args.threshold, args.candidate_threshold, seed),
         )
         for row, split, name in zip(rows, splits, ids, strict=True)
     ]
-
-
-def print_summary(
-    args: argparse.Namespace, records: list[Record], rejected: list[dict], looked_at: int, seconds: float, threads: int
-) -> None:
-    """What was found, what was not, and how fast."""
-    reasons = Counter(entry["reason"] for entry in rejected)
-    tried = len(records) + reasons["no_face"]
-    print(f"{args.out}: {len(records)} records; {args.out.stem}.rejected.jsonl: {len(rejected)}")
-    print(f"image root      {args.images}")
-    print(f"face found      {len(records)} of {tried} images ({100 * len(records) / tried:.1f} %)")
-    padded = sum(r.provenance["found"] == "padded" for r in records)
-    several = sum(r.provenance["faces"] > 1 for r in records)
-    print(f"                {padded} only with a border added; {several} show several faces (the largest was taken)")
-    for reason, count in sorted(reasons.items()):
-        words = Counter(e["label"] for e in rejected if e["reason"] == reason) if reason == "dropped_label" else {}
-        detail = f" ({', '.join(f'{w} {n}' for w, n in sorted(words.items()))})" if words else ""
-        print(f"{reason:<15} {count}{detail}")
-    for split in sorted({r.split for r in records}, key=SPLITS.index):
-        counts = Counter(r.label for r in records if r.split == split)
-        classes = ", ".join(f"{name} {counts[name]}" for name in CLASSES)
-        print(f"{split:<15} {sum(counts.values())}: {classes}")
-    copies = len(records) - len({r.provenance["sha256"] for r in records})
-    if copies:
-        print(f"copies          {copies} images are byte for byte another one (kept, always in the same split)")
-    active = [len(r.aus) for r in records]
-    candidates = [len(r.candidates) for r in records]
-    print(f"activated AUs   {sum(active) / len(active):.2f} per face; none on {active.count(0)} faces")
-    print(f"candidates      {sum(candidates) / len(records):.2f} per face; none on {candidates.count(0)} faces")
-    if looked_at:
-        print(f"speed           {looked_at / seconds:.1f} images/s ({looked_at} in {seconds:.1f} s, {threads} threads)")
 
 
 def _bad_images(rows: list[LabelRow], outcomes: dict[str, Outcome]) -> DataError:
@@ -320,9 +307,8 @@ def _write_lines(path: Path, entries: list[dict]) -> None:
         f.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
-def _progress_bar(total: int):
-    from tqdm import tqdm
-
+def _progress_bar(total: int) -> tqdm:
+    tqdm.monitor_interval = 0  # no thread of its own: workers are forked while the bar is there
     return tqdm(total=total, unit="image", disable=None)  # None: only on a terminal
 
 

@@ -1,6 +1,6 @@
 """Run a detector over a folder of photographs, resumably, and turn what it saw into TAG records.
 
-Three steps, each usable alone: `check_images` (does every listed file exist, inside the folder), `annotate` (threads,
+Three steps, each usable alone: `check_images` (does every listed file exist, inside the folder), `annotate` (processes,
 one detector each; every finished image goes into a journal, so that a killed run continues where it was), and
 `build_record`.
 """
@@ -9,41 +9,21 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from tag.au.base import Detector, FaceAUs
+from tag.au.outcome import FAILED, MISSING, NO_FACE, OUTSIDE, UNREADABLE, Outcome
 from tag.au.regions import au_boxes
+from tag.au.workers import Workers
 from tag.boxes import Canvas
 from tag.data.images import decode_image, read_bytes
 from tag.data.records import AU, NUM_CANDIDATES, Record
 from tag.errors import DataError
 from tag.synth.writer import write_trace
-
-# Why a listed image gave no record. All but the last are faults to repair; no face is an answer.
-MISSING, OUTSIDE, UNREADABLE, FAILED, NO_FACE = "missing", "outside_root", "unreadable", "detector_failed", "no_face"
-BAD_IMAGE = (MISSING, OUTSIDE, UNREADABLE, FAILED)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one image: activated AUs best first, or the `reason` there are none to have."""
-
-    image: str
-    stamp: tuple[int, int] = (0, 0)  # (bytes, modification time in ns): a changed file is looked at again
-    sha256: str = ""
-    size: tuple[int, int] = (0, 0)  # (width, height), upright
-    faces: int = 0
-    found: str = ""
-    aus: list[AU] = field(default_factory=list)
-    reason: str = ""
-    detail: str = ""
 
 
 class Journal:
@@ -129,15 +109,14 @@ def check_images(images: Sequence[str], image_root: str | os.PathLike) -> dict[s
 def annotate(
     images: Sequence[str],
     image_root: str | os.PathLike,
-    detectors: Sequence[Detector],
+    workers: Workers,
     journal: Journal,
-    threshold: float,
     progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[dict[str, Outcome], int]:
     """(image -> outcome, number looked at now) for `images` relative to `image_root`; those in the journal are done.
 
-    One thread per detector. AUs scoring at least `threshold` are kept. `progress` is called with the number of images
-    just finished. The result does not depend on the number of detectors. Interrupted, the journal keeps what is done.
+    workers: processes that `look` at them. `progress` is called with the number of images just finished. The result
+    does not depend on the number of workers. Interrupted, the journal keeps what is done.
     """
     root = Path(image_root)
     todo = []
@@ -146,26 +125,10 @@ def annotate(
         if known is None or known.stamp != _stamp(root / image):
             todo.append(image)
     progress(len(images) - len(todo))
-
-    free: SimpleQueue[Detector] = SimpleQueue()
-    for detector in detectors:
-        free.put(detector)
-
-    def work(batch: list[str]) -> list[Outcome]:
-        detector = free.get()
-        try:
-            return _look(batch, root, detector, threshold)
-        finally:
-            free.put(detector)
-
-    pool = ThreadPoolExecutor(len(detectors))
-    try:
-        for outcomes in _bounded_map(pool, work, _batches(todo, detectors[0].batch_size), 4 * len(detectors)):
-            for outcome in outcomes:
-                journal.add(outcome)
-            progress(len(outcomes))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for outcomes in workers.run(_batches(todo, workers.batch_size)):
+        for outcome in outcomes:
+            journal.add(outcome)
+        progress(len(outcomes))
     return {image: journal.done[image] for image in images}, len(todo)
 
 
@@ -175,7 +138,7 @@ def build_record(
     split: str,
     dataset: str,
     record_id: str,
-    detector: Detector,
+    detector: Detector | Workers,
     threshold: float,
     candidate_threshold: float,
     seed: int | None = 0,
@@ -234,8 +197,8 @@ def activated(face: FaceAUs, canvas: Canvas, threshold: float) -> list[AU]:
     return [AU(name, scores[name], boxes[name]) for name in names if name in boxes]
 
 
-def _look(batch: list[str], root: Path, detector: Detector, threshold: float) -> list[Outcome]:
-    """Outcomes of a batch, in its order."""
+def look(batch: list[str], detector: Detector, root: Path, threshold: float) -> list[Outcome]:
+    """Outcomes of a batch of images relative to `root`, in its order; AUs scoring at least `threshold` are kept."""
     loaded, outcomes = {}, {}
     for image in batch:
         stamp = _stamp(root / image)
@@ -284,30 +247,3 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _batches(items: Sequence[str], size: int) -> Iterator[list[str]]:
     for start in range(0, len(items), size):
         yield list(items[start : start + size])
-
-
-def _bounded_map(pool: ThreadPoolExecutor, work: Callable, jobs: Iterator, ahead: int) -> Iterator:
-    """Results as they finish, never more than `ahead` jobs under way (images in memory stay few).
-
-    When a job fails, what the others have finished is handed out before its error is raised: nothing done is lost.
-    """
-    pending: set[Future] = set()
-    for job in jobs:
-        pending.add(pool.submit(work, job))
-        if len(pending) >= ahead:
-            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-            yield from _results(finished, pending)
-    while pending:
-        finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-        yield from _results(finished, pending)
-
-
-def _results(finished: set[Future], pending: set[Future]) -> Iterator:
-    """Results of `finished`; if one of them failed, those of `pending` too as far as they get, then its error."""
-    failed = next((f.exception() for f in finished if f.exception()), None)
-    if failed:
-        cancelled = {f for f in pending if f.cancel()}
-        finished = finished | wait(pending - cancelled).done
-    yield from (f.result() for f in finished if not f.exception())
-    if failed:
-        raise failed

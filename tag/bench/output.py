@@ -17,7 +17,7 @@ from tag.files import replacing
 COLOURS = {"sample": "#4c78a8", "score": "#72b7b2", "backward": "#f58518", "other": "#bab0ac"}
 
 
-def card(tool: str, args: object, argv: list[str] | None, device: torch.device, peers: Sequence[str] = ()) -> dict:
+def card(tool: str, args: object, argv: Sequence[str] | None, device: torch.device, peers: Sequence[str] = ()) -> dict:
     """What identifies a result: arguments, versions (those of installed `peers` too), commit, command, hardware."""
     found = run_card(tool, {k: v for k, v in vars(args).items() if k != "out"})
     for name in peers:
@@ -29,7 +29,7 @@ def card(tool: str, args: object, argv: list[str] | None, device: torch.device, 
     return found | {"hardware": hardware(device)}
 
 
-def write_json(path: str, content: dict) -> None:
+def write_json(path: str | Path, content: dict) -> None:
     """One result; appears whole or not at all."""
     with replacing(path) as f:
         f.write(json.dumps(content, indent=2) + "\n")
