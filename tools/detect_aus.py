@@ -34,7 +34,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout without installing
 
-import torch
 from tqdm import tqdm
 
 from tag import __version__
@@ -43,7 +42,6 @@ from tag.au.base import Detector
 from tag.au.outcome import BAD_IMAGE, Outcome
 from tag.au.summary import SPLITS, as_text, speed_summary, summarize
 from tag.au.workers import Workers
-from tag.bench.output import card, write_json
 from tag.data.datasets import READERS, disagreement, read_dataset
 from tag.data.labels_csv import LabelRow, drop_repeats, read_labels
 from tag.data.records import Record, write_records
@@ -220,13 +218,22 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None = None) -> None:
         for split in SPLITS:
             write_records(args.out.with_name(f"{split}.jsonl"), [r for r in records if r.split == split])
     found = summarize(records, rejected)
-    facts = card("tools/detect_aus.py", args, argv, torch.device("cpu"), ("mediapipe",))
-    write_json(args.out.with_name(args.out.stem + ".summary.json"), {**facts, "found": found, "speed": speed})
+    write_summary(args, argv, found, speed)
     write_records(args.out, records)  # last: while it is not there, the same command can be given again
     journal.remove()
     print(f"{args.out}: {len(records)} records; {args.out.stem}.rejected.jsonl: {len(rejected)}")
     print(f"image root      {args.images}")
     print(as_text(found, speed))
+
+
+def write_summary(args: argparse.Namespace, argv: Sequence[str] | None, found: dict, speed: dict) -> None:
+    """X.summary.json beside --out: what was found and how fast, with command, versions, commit and hardware."""
+    import torch
+
+    from tag.bench.output import card, write_json  # here: what they import takes seconds, and the workers need none
+
+    facts = card("tools/detect_aus.py", args, argv, torch.device("cpu"), ("mediapipe",))
+    write_json(args.out.with_name(args.out.stem + ".summary.json"), {**facts, "found": found, "speed": speed})
 
 
 def note(line: str) -> None:
@@ -254,6 +261,8 @@ def read_rows(args: argparse.Namespace) -> list[LabelRow]:
 def make_detector(args: argparse.Namespace) -> Detector:
     """A fresh detector of the kind asked for (imported here: each needs packages of its own)."""
     if args.detector == "graphau":
+        import torch
+
         from tag.au.graphau_detector import GraphAUDetector, load_network
 
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.workers))  # the other cores have processes of ours

@@ -15,6 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,16 @@ MAX_REST = 60.0  # seconds
 FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0  # seconds between tries of one question
 USELESS = 20  # questions refused as wrong before any answer: the command is wrong, not the faces
 JPEG_QUALITY = 92
+# A connection pool looks at all its idle connections for every question: a quarter of the client's work with 128.
+CONNECTIONS_A_POOL = 16
 
 
 class Endpoint:
-    """One server: its client, how busy it is, how it has been doing."""
+    """One server: its clients, how busy it is, how it has been doing."""
 
-    def __init__(self, url: str, client: Any, slots: int) -> None:
-        self.url, self.client, self.slots = url, client, slots
+    def __init__(self, url: str, clients: Sequence[Any], slots: int) -> None:
+        self.url, self.clients, self.slots = url, clients, slots
+        self.turns = cycle(clients)
         self.in_use = self.answers = self.faults_in_a_row = 0
         self.rest_until = 0.0
         self.gone = ""  # why it is not asked any more
@@ -97,8 +101,11 @@ class EndpointBackend(Backend):
         self.endpoints = []
         for url in urls:
             # Without max_retries=0 the client would try again by itself, unseen and uncounted.
-            client = openai.AsyncOpenAI(base_url=url, api_key=key or "none", max_retries=0, timeout=timeout)
-            self.endpoints.append(Endpoint(url, client, concurrency))
+            clients = [
+                openai.AsyncOpenAI(base_url=url, api_key=key or "none", max_retries=0, timeout=timeout)
+                for _ in range(-(-concurrency // CONNECTIONS_A_POOL))
+            ]
+            self.endpoints.append(Endpoint(url, clients, concurrency))
         self._waiting: deque[asyncio.Future[None]] = deque()  # for a server to be freed, longest first
         self._last_answer = time.monotonic()
         self._started = False
@@ -147,7 +154,8 @@ class EndpointBackend(Backend):
     async def close(self) -> None:
         """Close the connections."""
         for endpoint in self.endpoints:
-            await endpoint.client.close()
+            for client in endpoint.clients:
+                await client.close()
 
     # ---- who is asked -----------------------------------------------------------------------------------------
 
@@ -231,7 +239,7 @@ class EndpointBackend(Backend):
         ]
         extra = {"response_format": {"type": "json_object"}} if self.json_mode else {}
         body = bytearray()
-        async with endpoint.client.chat.completions.with_streaming_response.create(
+        async with next(endpoint.turns).chat.completions.with_streaming_response.create(
             model=self.model,
             messages=[{"role": "user", "content": content}],
             temperature=self.temperature,
