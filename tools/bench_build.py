@@ -189,8 +189,8 @@ def build(command: list[str], out: Path, count: int, args: argparse.Namespace) -
     for n in range(args.kills):
         goal = int((n + rng.random()) * count / (args.kills + 1))
         process = start()
-        while not ended(process.pid) and sum(map(len, kept_ids(out).values())) <= goal:
-            time.sleep(0.02)
+        while not ended(process.pid) and sum(p.read_bytes().count(b"\n") for p in shards(out)) <= goal:
+            time.sleep(0.05)
         too_late = ended(process.pid)
         process.kill()
         errors = used.ended(process)
@@ -223,12 +223,17 @@ def audit(out: Path, count: int) -> dict[str, int]:
     return {"lost": lost, "doubled": doubled}
 
 
+def shards(out: Path) -> list[Path]:
+    """The append-only files."""
+    return sorted(out.glob("accepted/*.jsonl")) + sorted(out.glob("rejected/*.jsonl"))
+
+
 def kept_ids(out: Path) -> dict[str, list[str]]:
     """Ids on the whole lines of the shards, by kind."""
-    found: dict[str, list[str]] = {}
-    for kind in ("accepted", "rejected"):
-        lines = (line for path in sorted((out / kind).glob("*.jsonl")) for line in path.read_bytes().splitlines(True))
-        found[kind] = [json.loads(line)["id"] for line in lines if line.endswith(b"\n")]
+    found: dict[str, list[str]] = {"accepted": [], "rejected": []}
+    for path in shards(out):
+        lines = (line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n"))
+        found[path.parent.name] += [json.loads(line)["id"] for line in lines]
     return found
 
 

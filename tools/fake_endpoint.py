@@ -165,9 +165,7 @@ async def serve(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve."""
-    args = parse_args(argv)
-    loop = asyncio.new_event_loop()
-    loop.run_until_complete(serve(args))
+    asyncio.run(serve(parse_args(argv)))  # ends what is still under way, hanging answers too
 
 
 if __name__ == "__main__":
