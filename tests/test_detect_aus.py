@@ -269,6 +269,27 @@ def test_workers_that_all_die_end_the_run_in_one_line(tmp_path, deadly, capsys):
     assert call(tmp_path, rows) == 0 and len(read_records(tmp_path / "x.jsonl")) == 30
 
 
+def test_worker_that_dies_before_it_is_ready_ends_the_run(tmp_path, monkeypatch, capsys):
+    rows = make_folder(tmp_path / "faces", 3)
+    monkeypatch.setattr(tool, "make_detector", lambda args: os.kill(os.getpid(), signal.SIGKILL))
+    assert call(tmp_path, rows) == 2
+    assert "worker 0 died (SIGKILL) while its detector was made" in error_line(capsys)
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_of_ours_in_a_worker_is_shown_whole(tmp_path, monkeypatch):
+    rows = make_folder(tmp_path / "faces", 3)
+
+    class Broken(MadeUpDetector):
+        def detect(self, images):
+            raise KeyError("a mistake")
+
+    monkeypatch.setattr(tool, "make_detector", lambda args: Broken())
+    with pytest.raises(RuntimeError, match=r"Traceback(.|\n)*a mistake"):
+        call(tmp_path, rows)
+    assert not multiprocessing.active_children()
+
+
 def test_workers_killed_from_outside_at_random(tmp_path, monkeypatch, capsys):
     rows = make_folder(tmp_path / "faces", 60)
     monkeypatch.setattr(tool, "make_detector", lambda args: MadeUpDetector(slow=True))
@@ -536,3 +557,29 @@ def test_real_faces_smile_when_happy(tmp_path, capsys):
     for au in ("AU12", "AU6"):
         assert share(au, "happiness") > 0.5 and all(share(au, c) < 0.25 for c in ("neutral", "sadness", "surprise"))
     assert share("AU26", "surprise") > 0.5 > share("AU26", "neutral")
+
+
+@pytest.mark.slow
+def test_real_photographs_through_every_step_and_the_bench(tmp_path, monkeypatch):
+    """tools/faces_pipeline.py and tools/bench_detect.py on some photographs: their figures are the steps' own."""
+    images, labels, landmarker = real_flags(tmp_path)[1:6:2]
+    monkeypatch.setenv("TAG_FACE_LANDMARKER", landmarker)
+    lines = Path(labels).read_text().splitlines()
+    (tmp_path / "some.csv").write_text("\n".join(lines[:1] + lines[1::12]) + "\n")
+    faces = ["--images", images, "--labels", str(tmp_path / "some.csv")]
+    result = tmp_path / "result.json"
+    flags = ["--val-fraction", "0.3", "--epochs", "0", "--out", str(tmp_path / "runs"), "--result", str(result)]
+    load_tool("faces_pipeline").main([*faces, *flags])
+    found = json.loads(result.read_text())
+    records = read_records(tmp_path / "runs" / "records" / "faces.jsonl")
+    assert found["detection"]["found"]["records"] == len(records) > 30
+    smiles = found["detection"]["found"]["activation"]["AU12"]
+    happy = [r for r in records if r.label == "happiness"]
+    assert smiles["happiness"] == round(sum(any(a.au == "AU12" for a in r.aus) for r in happy) / len(happy), 4)
+    assert sum(found["build"][s]["inputs"]["accepted"] for s in ("train", "val")) == found["report"]["records"]
+    assert len(found["steps"]) == 4 and found["command"].startswith("python tools/faces_pipeline.py --images")
+    out = tmp_path / "bench.json"
+    load_tool("bench_detect").main([*faces, "--repeats", "1", "--out", str(out)])
+    medians = json.loads(out.read_text())["medians"]
+    assert [m["workers"] for m in medians] == [1, 2] and all(m["images_per_second"] > 1 for m in medians)
+    assert [len(m["by_process"]) for m in medians] == [1, 2]

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout without installing
 
@@ -166,48 +167,60 @@ class Used:
     starts: int = 0
     cpu_seconds: float = 0.0
     max_rss_mb: float = 0.0
+    errors: TextIO | None = None
+
+    def start(self, command: list[str]) -> subprocess.Popen:
+        """Start it; what it says on standard error is kept."""
+        self.starts += 1
+        self.errors = tempfile.TemporaryFile("w+")
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self.errors)
 
     def ended(self, process: subprocess.Popen) -> str:
         """Wait for its end; what it said on standard error."""
-        errors = process.stderr.read()
-        process.stderr.close()
+        while not has_ended(process.pid):
+            self.max_rss_mb = max(self.max_rss_mb, peak_rss_mb(process.pid))
+            time.sleep(0.05)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        self.starts += 1
         self.cpu_seconds += usage.ru_utime + usage.ru_stime
-        self.max_rss_mb = max(self.max_rss_mb, usage.ru_maxrss / 1024)
-        return " ".join(errors.split())
+        with self.errors as f:
+            f.seek(0)
+            return " ".join(f.read().split())[-300:]
+
+
+def peak_rss_mb(pid: int) -> float:
+    """Largest memory of a process so far (Linux). Not that of wait4: it starts from what the forking process held."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
 
 
 def build(command: list[str], out: Path, count: int, args: argparse.Namespace) -> tuple[dict, Used]:
     """Kill the build `args.kills` times while it works, then let it finish; its last summary and what all that took."""
     rng, used, result = random.Random(args.seed), Used(), {}
-
-    def start() -> subprocess.Popen:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
     for n in range(args.kills):
         goal = int((n + rng.random()) * count / (args.kills + 1))
-        process = start()
-        while not ended(process.pid) and sum(p.read_bytes().count(b"\n") for p in shards(out)) <= goal:
+        process = used.start(command)
+        while not has_ended(process.pid) and sum(p.read_bytes().count(b"\n") for p in shards(out)) <= goal:
             time.sleep(0.05)
-        too_late = ended(process.pid)
+        too_late = has_ended(process.pid)
         process.kill()
         errors = used.ended(process)
         if too_late:
-            raise DataError(f"the build ended before it could be killed: {errors[-300:]}")
+            raise DataError(f"the build ended before it could be killed: {errors}")
     for _ in range(RESTARTS):
-        process = start()
-        errors = used.ended(process)
+        errors = used.ended(used.start(command))
         if not (out / "summary.json").is_file():
-            raise DataError(f"the build of {count} faces failed: {errors[-300:]}")
+            raise DataError(f"the build of {count} faces failed: {errors}")
         result = json.loads((out / "summary.json").read_text())
         if not result["inputs"]["failed"] and not result["inputs"]["not_reached"]:
             return result, used
-    raise DataError(f"after {used.starts} starts {result['inputs']} of {count} faces: {errors[-300:]}")
+    raise DataError(f"after {used.starts} starts {result['inputs']} of {count} faces: {errors}")
 
 
-def ended(pid: int) -> bool:
+def has_ended(pid: int) -> bool:
     """Whether a child has ended; it stays to be waited for."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
