@@ -67,8 +67,13 @@ def format_trace(think: str, answer: str) -> str:
 
 
 def strip_boxes(text: str) -> str:
-    """Remove every box, with one space before it (the Table 3 ablation: SFT on traces without boxes)."""
-    return re.sub(rf" ?{_BOX.pattern}", "", text)
+    """Remove every box, with one space before it (the Table 3 ablation: SFT on traces without boxes).
+
+    A box written into the middle of another's tag leaves that other one whole when it goes: again, until none is left.
+    """
+    while _BOX.search(text):
+        text = re.sub(rf" ?{_BOX.pattern}", "", text)
+    return text
 
 
 def parse(text: str) -> Trace:
