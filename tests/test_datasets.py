@@ -415,7 +415,7 @@ def test_records_from_a_layout_keep_its_splits(tmp_path, monkeypatch, capsys):
 
     root = raf_db(tmp_path / "raf")
     image(root / "Image" / "aligned" / "holiday.jpg")
-    monkeypatch.setattr(detect_tool, "make_detector", lambda args: MadeUpDetector([]))
+    monkeypatch.setattr(detect_tool, "make_detector", lambda args: MadeUpDetector())
     flags = ["--layout", "raf-db", "--images", str(root), "--val-count", "2", "--split-files"]
     assert detect_tool.main([*flags, "--out", str(tmp_path / "x.jsonl")]) == 0
     shown = capsys.readouterr().out

@@ -20,7 +20,7 @@ from tag.au.outcome import FAILED, MISSING, NO_FACE, OUTSIDE, UNREADABLE, Outcom
 from tag.au.regions import au_boxes
 from tag.au.workers import Workers
 from tag.boxes import Canvas
-from tag.data.images import decode_image, read_bytes
+from tag.data.images import decode_image, inside, read_bytes
 from tag.data.records import AU, NUM_CANDIDATES, Record
 from tag.errors import DataError
 from tag.synth.writer import write_trace
@@ -90,16 +90,15 @@ class Journal:
 
 def check_images(images: Sequence[str], image_root: str | os.PathLike) -> dict[str, Outcome]:
     """Outcomes (reason `missing` or `outside_root`) of the listed images that cannot be used; a stat call each."""
-    root = Path(image_root).resolve()
     bad = {}
     for image in images:
         try:
-            path = (root / image).resolve()
-            inside, found = path.is_relative_to(root), path.is_file()
+            path = inside(image_root, image)
+            found = path is not None and path.is_file()
         except (OSError, ValueError) as e:
             bad[image] = Outcome(image, reason=MISSING, detail=f"not a path ({e})")
             continue
-        if not inside:
+        if path is None:
             bad[image] = Outcome(image, reason=OUTSIDE, detail="the path leaves the image folder")
         elif not found:
             bad[image] = Outcome(image, reason=MISSING, detail="no such file")

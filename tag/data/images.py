@@ -8,7 +8,22 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tag.errors import DataError
 
-MAX_PIXELS = 100_000_000  # more is a mistake or an attack; a 100-megapixel RGB image already takes 300 MB
+# More is a mistake or an attack. Of the square an image is put on, too: a strip of 1 x 1,000,000 pixels is a small file
+# whose square has a trillion. A 100-megapixel RGB image takes 300 MB.
+MAX_PIXELS = 100_000_000
+MAX_BYTES = 256 << 20  # of a file
+# What photographs come in. PIL knows forty more formats, among them one that starts another program (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+def inside(root: str | os.PathLike, name: str) -> Path | None:
+    """The file `name` under `root`, links followed; None if that leads out of `root` (`..`, a link, an absolute path).
+
+    Raises OSError or ValueError for what is no path at all: a name too long, a null byte, a loop of links.
+    """
+    root = Path(root).resolve()
+    path = (root / name).resolve()
+    return path if path.is_relative_to(root) else None
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
@@ -17,18 +32,22 @@ def load_image(path: str | os.PathLike) -> Image.Image:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """The file's content. Raises DataError naming the file."""
+    """The file's content. Raises DataError naming the file, also when it is larger than any image of a face."""
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as f:
+            data = f.read(MAX_BYTES + 1)
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror or e})") from None
+    if len(data) > MAX_BYTES:
+        raise DataError(f"{path}: more than {MAX_BYTES >> 20} MiB is no image of a face")
+    return data
 
 
 def decode_image(data: bytes, name: str | os.PathLike) -> Image.Image:
     """As `load_image`, from bytes already read; `name` is for the message."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if max(image.size) ** 2 > MAX_PIXELS:
                 raise DataError(f"{name}: {image.width} x {image.height} pixels is more than an image of a face needs")
             image.load()
             if image.mode.startswith("I;16"):  # 16-bit grey; PIL would clip it at 255, not scale it
@@ -37,7 +56,7 @@ def decode_image(data: bytes, name: str | os.PathLike) -> Image.Image:
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError(f"{name}: not an image file (or an empty one)") from None
+        raise DataError(f"{name}: not an image file ({', '.join(FORMATS)} are read), or an empty one") from None
     except Image.DecompressionBombError:
         raise DataError(f"{name}: far too many pixels for an image of a face") from None
     except Exception as e:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files

@@ -11,6 +11,7 @@ what R_AU and the AU IoU metric are measured against. A face on which nothing wa
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -19,12 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from tag.boxes import Box, is_valid
+from tag.data.images import inside
 from tag.errors import DataError
 from tag.files import replacing
 from tag.labels import CLASS_INDEX
 
 NUM_CANDIDATES = 3
 MAX_LINE = 1 << 20  # a longer line (in bytes) is not a record of ours
+MAX_DEPTH = 32  # of what `provenance` holds: JSON that nests deeper can be read, but not copied or written
+MAX_SIDE = 1_000_000  # pixels
+_SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # becomes a file's name
 _AU_NAME = re.compile(r"AU[1-9][0-9]?")  # not str.isdigit: it takes superscripts and other scripts' digits
 
 
@@ -93,6 +98,8 @@ def from_line(line: str, where: str = "record") -> Record:
     for name in ("id", "image", "dataset", "split", "label"):
         if not isinstance(raw.get(name), str) or not raw[name]:
             raise bad(f"field '{name}' must be a non-empty string, got {str(raw.get(name))[:40]!r}")
+    if not _SPLIT.fullmatch(raw["split"]):
+        raise bad(f"field 'split': {raw['split'][:40]!r} is not a plain word such as train, val or test")
     if raw["label"] not in CLASS_INDEX:
         raise bad(f"field 'label': unknown class {raw['label'][:40]!r}; expected one of {', '.join(CLASS_INDEX)}")
     if not isinstance(raw.get("aus", []), list):
@@ -110,12 +117,18 @@ def from_line(line: str, where: str = "record") -> Record:
     if trace is not None and not isinstance(trace, str):
         raise bad("field 'trace' must be a string or null")
     size = raw.get("size", (0, 0))
-    if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(v) is int and v >= 0 for v in size):
-        raise bad("field 'size' must be [width, height]")
+    if (
+        not isinstance(size, list | tuple)
+        or len(size) != 2
+        or not all(type(v) is int and 0 <= v <= MAX_SIDE for v in size)
+    ):
+        raise bad(f"field 'size' must be [width, height], at most {MAX_SIDE:,} pixels each")
     if not isinstance(raw.get("detector", ""), str):
         raise bad("field 'detector' must be a string")
     if not isinstance(raw.get("provenance", {}), dict):
         raise bad("field 'provenance' must be an object")
+    if not _is_plain(raw.get("provenance", {})):
+        raise bad(f"field 'provenance' nests deeper than {MAX_DEPTH} levels, or holds a NaN or an infinity")
     return Record(
         id=raw["id"],
         image=raw["image"],
@@ -168,14 +181,13 @@ def write_records(path: str | os.PathLike, records: Iterable[Record]) -> int:
 
 def resolve_image(record: Record, image_root: str | os.PathLike) -> Path:
     """Absolute path of the record's image. Raises DataError if it leaves `image_root` or does not exist."""
-    root = Path(image_root).resolve()
     try:
-        path = (root / record.image).resolve()
-        found = path.is_file()
+        path = inside(image_root, record.image)
+        found = path is not None and path.is_file()
     except (OSError, ValueError) as e:  # a name too long for the file system, or one with a null byte
         raise DataError(f"record {record.id!r}: image path {record.image[:60]!r} is not a path ({e})") from None
-    if not path.is_relative_to(root):
-        raise DataError(f"record {record.id!r}: image path {record.image!r} leaves the image root {root}")
+    if path is None:
+        raise DataError(f"record {record.id!r}: image path {record.image!r} leaves the image root {image_root}")
     if not found:
         raise DataError(f"record {record.id!r}: no image {path}; is --image-root right?")
     return path
@@ -195,6 +207,14 @@ def numbered_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
                 yield number, line.decode("utf-8")
             except UnicodeDecodeError as e:
                 raise DataError(f"{path}:{number}: not UTF-8 text (byte {e.start + 1} of the line)") from None
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether a value can be written as JSON that everybody reads, and does not nest too deeply."""
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value
+        return depth < MAX_DEPTH and all(_is_plain(part, depth + 1) for part in parts)
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _read_au(entry: Any, where: str) -> AU:

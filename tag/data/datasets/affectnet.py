@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tag.data.datasets.base import Listing, check_name, code, first_folder, layout_error, table
-from tag.data.images import load_image
+from tag.data.images import inside, load_image
 from tag.data.labels_csv import LabelRow
 from tag.data.records import MAX_LINE
 from tag.errors import DataError
@@ -53,7 +53,15 @@ def unpack(root: str | os.PathLike, rule: str) -> Iterator[tuple[LabelRow, Calla
         raise layout_error("AffectNet's older release", root, f"{LIST_FOLDER} and {IMAGE_FOLDER}")
     for row in read(root, rule).rows:
         if row.label:
-            yield row, lambda row=row: crop(load_image(root / IMAGE_FOLDER / row.image), row.box)
+            yield row, lambda row=row: crop(load_image(_scene(root / IMAGE_FOLDER, row)), row.box)
+
+
+def _scene(folder: Path, row: LabelRow) -> Path:
+    """The row's image. Raises DataError if it leads out of `folder`."""
+    path = inside(folder, row.image)
+    if path is None:
+        raise DataError(f"{row.where}: {row.image[:80]!r} leads out of {folder}")
+    return path
 
 
 def crop(image: Image.Image, box: tuple[int, int, int, int] | None) -> Image.Image:
@@ -85,7 +93,7 @@ def _npy_text(path: Path) -> str:
     """The one value of a 0-d array (a number or a string, as both were distributed), as text."""
     try:
         value = np.load(path, allow_pickle=False).item()
-    except (OSError, ValueError, EOFError) as e:
+    except (OSError, ValueError, EOFError, MemoryError) as e:  # a header may claim any size
         raise DataError(f"{path}: not a NumPy file with one value ({' '.join(str(e).split())[:80]})") from None
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
