@@ -229,6 +229,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "polic
     targets = tuple(sorted({path.rsplit(".", 1)[-1] for path in found}))
     if not targets:
         raise DataError(f"{folder}: adapter_model.safetensors holds no lora_A weights")
+    held = sorted({state[f"{path}.lora_A.weight"].shape[0] for path in found})
+    if held != [rank]:  # before anything of the size that the configuration claims is made
+        raise DataError(f"{folder}: adapter_config.json says rank {rank}, adapter_model.safetensors holds {held[0]}")
     try:
         add_lora(model, rank, alpha, dropout, name, targets=targets)
     except ValueError as e:
@@ -262,9 +265,11 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
         raise DataError(f"{folder}: not an adapter folder (adapter_config.json and adapter_model.safetensors expected)")
     try:
         config = json.loads(path.read_text())
-        if config["peft_type"] != "LORA" or int(config["r"]) < 1 or float(config["lora_alpha"]) <= 0:
+        if config["peft_type"] != "LORA" or int(config["r"]) < 1 or not 0 < float(config["lora_alpha"]) < math.inf:
             raise ValueError
-    except (ValueError, KeyError, TypeError):
+        if not 0 <= float(config.get("lora_dropout", 0.0)) < 1:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise DataError(f"{path}: not a LoRA adapter configuration") from None
     return config
 

@@ -194,15 +194,16 @@ def load_vlm(source: str, dtype: str = "bfloat16", device: str | torch.device = 
     if not sys.stderr.isatty():
         disable_progress_bar()  # for people, not for log files
     try:
-        kind = AutoConfig.from_pretrained(folder).model_type
+        # No code that a checkpoint brings, asked for or not, and no weights that would have to be unpickled.
+        kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
         if kind != "qwen2_5_vl":  # else the class would build a model of its default size, 7 billion random weights
             raise ValueError(f"its config.json is of a {kind} model")
         hf_model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=DTYPES[dtype], output_loading_info=True
+            folder, dtype=DTYPES[dtype], output_loading_info=True, use_safetensors=True
         )
         if missing := sorted(report["missing_keys"]):  # they would be random numbers
             raise ValueError(f"{len(missing)} weights are missing, e.g. {missing[0]}")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if tokenizer.convert_tokens_to_ids("<|image_pad|>") != hf_model.config.image_token_id:  # empty if files miss
             raise ValueError("its tokenizer is missing or another model's")
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)

@@ -64,7 +64,7 @@ def token_counter(name: str) -> Callable[[str], int] | None:
     from tag.vlm import TINY_MODEL
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL if name == "tiny" else name)
+        tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL if name == "tiny" else name, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise DataError(f"--tokenizer {name}: cannot be loaded ({str(e).strip().splitlines()[0][:150]})") from None
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))

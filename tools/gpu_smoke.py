@@ -244,7 +244,7 @@ def with_cuda_graphs(engine: RolloutEngine, prompts, G: int, seeds, expected, ar
 
 def measure(args, here: dist.Dist, folder: str) -> dict:
     """Build the model, run both steps."""
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL, trust_remote_code=False)
     config = config_7b(tokenizer) if args.config == "7b" else build_config(tokenizer, small=True)
     stages = Stages(here.device)
     vlm = random_vlm(config, tokenizer, here.device, DTYPES[args.dtype], args.seed)

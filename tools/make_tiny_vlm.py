@@ -66,8 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     log(f"{len(faces)} faces")
 
     if args.start:
-        tokenizer = AutoTokenizer.from_pretrained(args.start)
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(args.start, trust_remote_code=False)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            args.start, dtype=torch.float32, use_safetensors=True
+        )
     done = work and work / f"tower-{args.faces}-{args.steps_vision}-{args.seed}.pt"
     if args.start:
         log(f"stages 1 and 2 taken from {args.start}")
@@ -97,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     results = {"fp32": evaluate(model, packer, held_out)}
     log(f"held out, fp32 weights: {results['fp32']}")
     save_checkpoint(out, model, tokenizer)
-    saved = Qwen2_5_VLForConditionalGeneration.from_pretrained(out)
+    saved = Qwen2_5_VLForConditionalGeneration.from_pretrained(out, use_safetensors=True)
     results["bf16"] = evaluate(saved, packer, held_out)
     log(f"held out, saved bf16:   {results['bf16']}")
     write_card(

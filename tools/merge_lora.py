@@ -100,7 +100,10 @@ def our_probe(vlm: VLM) -> Probe:
 
 def plain_probe(folder: Path, image_token_id: int) -> Probe:
     """The same by transformers alone, from the files in `folder`."""
-    tokenizer, processor = AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder)
+    tokenizer, processor = (
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+        Qwen2VLImageProcessorPil.from_pretrained(folder),
+    )
     record, face = make_record(split_seeds("val", 1)[0], "val")
     content = [{"type": "image"}, {"type": "text", "text": TAG_PROMPT}]
     chat = tokenizer.apply_chat_template(
@@ -153,7 +156,7 @@ def write(vlm: VLM, folder: Path) -> None:
 def compare(folder: Path, probe: Probe, expected: Tensor, base: Tensor, written: dict[str, str], args) -> str:
     """Load `folder` with plain transformers and compare; returns the figures. Raises UsageError where it differs."""
     model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder, dtype=DTYPES[args.dtype], output_loading_info=True
+        folder, dtype=DTYPES[args.dtype], output_loading_info=True, use_safetensors=True
     )
     check(not report["missing_keys"], f"{len(report['missing_keys'])} tensors of the merged checkpoint are missing")
     found = digests(model)

@@ -266,7 +266,7 @@ def token_decoder(source: str) -> Callable[[int], str]:
     """Token id -> text, by the tokenizer of `source`; "#id" where there is none on this machine."""
     try:
         folder = TINY_MODEL if source == "tiny" else source
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         return lambda token_id: f"#{token_id}"
     return lambda token_id: tokenizer.decode([token_id])

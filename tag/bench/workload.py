@@ -21,7 +21,7 @@ def bench_vlm(config: str, device: torch.device, dtype: str, seed: int = 0) -> V
     architecture, random, made on the device."""
     if config == "tiny":
         return load_vlm("tiny", dtype, device)
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL, trust_remote_code=False)
     chosen = config_7b(tokenizer) if config == "7b" else build_config(tokenizer, small=True)
     return random_vlm(chosen, tokenizer, device, DTYPES[dtype], seed)
 

@@ -22,7 +22,10 @@ def inside(root: str | os.PathLike, name: str) -> Path | None:
     Raises OSError or ValueError for what is no path at all: a name too long, a null byte, a loop of links.
     """
     root = Path(root).resolve()
-    path = (root / name).resolve()
+    try:
+        path = (root / name).resolve()
+    except RuntimeError as e:  # what Python before 3.13 makes of a loop
+        raise OSError(str(e)) from None
     return path if path.is_relative_to(root) else None
 
 

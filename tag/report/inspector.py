@@ -161,7 +161,7 @@ def load_pieces(source: Any, run: Run) -> Pieces | None:
         if not isinstance(source, str) or not source:
             raise ValueError("run.json names no model")
         folder = TINY_MODEL if source == "tiny" else source
-        return Pieces(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        return Pieces(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     except Exception as e:  # the tokenizers library raises bare Exception on a broken file
         reason = " ".join(str(e).split())[:100]
         run.problem(f"no tokenizer {source!r} ({reason}): tokens are shown by their ids; --tokenizer names another")
