@@ -12,6 +12,8 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -157,6 +159,27 @@ def test_scripts_of_pages_never_make_html_or_code_of_text(path):
 def test_only_the_landmark_model_is_ever_fetched():
     users = [p.name for p in SOURCES if "urlopen" in p.read_text() or "requests." in p.read_text()]
     assert users == ["model_file.py"]  # whose hash is compared before it is used
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+seen = []
+watched = ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+sys.addaudithook(lambda event, args: seen.append(f"{event} {args}"[:200]) if event.startswith(watched) else None)
+import tag
+names = [m.name for m in pkgutil.walk_packages(tag.__path__, "tag.") if ".assets" not in m.name]
+for name in names:
+    importlib.import_module(name)
+print(len(names), *seen, sep="\\n")
+"""
+
+
+@pytest.mark.slow
+def test_importing_the_package_connects_to_nothing_and_starts_nothing():
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    count, *seen = done.stdout.splitlines()
+    assert int(count) > 80 and seen == []
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--found", default="runs/fuzz", metavar="DIR", help="folder for inputs that fail")
     p.add_argument("--replay", metavar="DIR", help="instead: try the files in this folder on the one --target")
     p.add_argument("--out", metavar="X.json", help="file to write; what stands there of other targets is kept")
-    p.add_argument("--inside", action="store_true", help="(for --engine atheris itself)")
+    p.add_argument("--inside", metavar="DIR", help="(for --engine atheris itself)")
     args = p.parse_args(argv)
     check(args.runs >= 1 and args.limit > 0 and args.hang > 0, "--runs, --limit and --hang must be above 0")
     check(not args.replay or len(args.target) == 1, "--replay tries one --target")
@@ -96,10 +97,11 @@ def coverage_guided(name: str, args: argparse.Namespace) -> dict:
     folder = Path(args.found) / name
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.glob("*"))
-    command = [sys.executable, __file__, "--inside", "--target", name, "--runs", str(args.runs), "--found", args.found]
+    command = [sys.executable, __file__, "--target", name, "--runs", str(args.runs), "--found", args.found]
     command += ["--seed", str(args.seed), "--limit", str(args.limit), "--hang", str(args.hang)]
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    with tempfile.TemporaryDirectory(prefix="fuzz-corpus-") as corpus:
+        done = subprocess.run([*command, "--inside", corpus], capture_output=True, text=True, errors="replace")
     seconds = time.perf_counter() - start
     if "pip install" in done.stderr:
         raise UsageError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
@@ -134,17 +136,16 @@ def inside_atheris(args: argparse.Namespace) -> None:
         raise UsageError(
             "atheris is not installed; run: pip install '.[fuzz]' (Linux), or use --engine mutate"
         ) from None
-    import tempfile
-
     with atheris.instrument_imports(include=["tag", "json", "csv", "html"]):
         from tag.fuzz.targets import TARGETS
     [name] = args.target
     target = TARGETS[name]
-    corpus = tempfile.mkdtemp(prefix="fuzz-corpus-")
+    corpus = Path(args.inside, "corpus")
+    corpus.mkdir()
     for i, data in enumerate(target.seeds):
-        Path(corpus, str(i)).write_bytes(data)
-    words = Path(corpus + ".dict")
-    spelled = ("".join(f"\\x{b:02x}" for b in token) for token in target.tokens)
+        (corpus / str(i)).write_bytes(data)
+    words = Path(args.inside, "words")
+    spelled = ("".join(f"\\x{b:02x}" for b in token) for token in target.tokens or [b"\0"])
     words.write_text("".join(f'"{word}"\n' for word in spelled))
     slowest = (0.0, 0)
     tried = 0
@@ -168,7 +169,7 @@ def inside_atheris(args: argparse.Namespace) -> None:
         f"-artifact_prefix={Path(args.found) / name}/",
         "-rss_limit_mb=4096",
     ]
-    atheris.Setup([sys.argv[0], *flags, corpus], one)
+    atheris.Setup([sys.argv[0], *flags, str(corpus)], one)
     atheris.Fuzz()
 
 
