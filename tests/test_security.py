@@ -422,3 +422,12 @@ def test_records_hold_only_what_can_be_written_again(fields):
     with pytest.raises(DataError) as e:
         from_line(good[:-1] + f", {fields}}}", "f:1")
     assert str(e.value).startswith("f:1: ") and len(str(e.value)) < 300
+
+
+def test_an_array_that_claims_to_be_huge_is_one_line(tmp_path):
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,), }"
+    header += b" " * (117 - len(header)) + b"\n"
+    path = tmp_path / "1_exp.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(8))
+    with pytest.raises(DataError, match="not a NumPy file with one value"):
+        affectnet._npy_text(path)
