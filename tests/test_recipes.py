@@ -130,7 +130,8 @@ def test_nothing_is_imported_that_is_not_required():
     ours = {"tag", "trl_side", *(path.stem for path in (*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")))}
     required = {"torch", "transformers", "safetensors", "numpy", "PIL", "tqdm", "setuptools"}
     required |= {"tokenizers", "huggingface_hub"}  # transformers brings them
-    optional = {"mediapipe", "flash_attn", "openai"}  # extras `data`, `flash`, `api`; TensorBoard comes through torch
+    # Extras `data`, `flash`, `api`, `fuzz`; TensorBoard comes through torch.
+    optional = {"mediapipe", "flash_attn", "openai", "atheris"}
     for path in (*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "tag").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
