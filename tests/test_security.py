@@ -337,6 +337,7 @@ def png(width: int, height: int, data: bytes = b"") -> bytes:
 @pytest.mark.parametrize(
     ("width", "height"), [(60_000, 60_000), (2**31 - 1, 2**31 - 1), (1, 1_000_000), (1_000_000, 90), (10_001, 9_000)]
 )
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bombs_and_absurd_sizes_are_refused_before_they_unfold(width, height):
     with pytest.raises(DataError, match="pixels"):
         decode_image(png(width, height, bytes(1000)), "x.png")
