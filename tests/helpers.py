@@ -1,6 +1,7 @@
 """What several test files build or do: small models, random completions and faces, several processes."""
 
 import importlib
+import importlib.util
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -21,6 +23,14 @@ from tag.tiny.checkpoint import build_config, build_image_processor, build_model
 from tag.vlm import TINY_MODEL, VLM
 
 TESTS = Path(__file__).parent
+
+
+def load_tool(name: str) -> ModuleType:
+    """A script of tools/ as a module, anew at each call: no two test files share what they patch in it."""
+    spec = importlib.util.spec_from_file_location(name, TESTS.parent / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_vlm(seed: int = 0) -> VLM:

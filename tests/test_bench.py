@@ -4,19 +4,18 @@ pytest tests/test_bench.py
 pytest tests/test_bench.py -m slow      # with TRL, several processes, and everything tools/bench_gpu.sh runs
 """
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from helpers import make_vlm
+from helpers import load_tool, make_vlm
 
 from tag.args import run
 from tag.bench.communication import slope
@@ -31,15 +30,7 @@ CPU = torch.device("cpu")
 SMALL = ["--config", "small", "--device", "cpu", "--repeats", "1"]
 
 
-def tool(name: str) -> ModuleType:
-    """A tool as a module."""
-    spec = importlib.util.spec_from_file_location(f"benched_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-trl_side = tool("peers/trl_side")
+trl_side = load_tool("peers/trl_side")
 sys.modules["trl_side"] = trl_side  # the one that the benches import
 
 
@@ -193,7 +184,7 @@ def test_results_are_joined(tmp_path):
 def test_without_trl_one_line_says_so(monkeypatch, capsys, name):
     monkeypatch.setattr(trl_side, "find_spec", lambda package: None if package == "trl" else object())
     with pytest.raises(SystemExit) as e:
-        run(lambda: tool(name).main([*SMALL, "--peer", "trl", "--out", "x.json"]))
+        run(lambda: load_tool(name).main([*SMALL, "--peer", "trl", "--out", "x.json"]))
     assert e.value.code == 2
     assert capsys.readouterr().err == "error: --peer trl needs trl: pip install trl, or --peer none\n"
 
@@ -209,7 +200,7 @@ def identified(out: Path) -> dict:
 @pytest.mark.slow
 def test_bench_rollout(tmp_path, capsys):
     out = tmp_path / "rollout.json"
-    tool("bench_rollout").main([*SMALL, "--rows", "8", "--waves", "2", "--profile", "--out", str(out)])
+    load_tool("bench_rollout").main([*SMALL, "--rows", "8", "--waves", "2", "--profile", "--out", str(out)])
     results = identified(out)["results"]
     assert [(r["lengths"], r["completions"], r["group_size"]) for r in results] == [
         ("equal", 8, 1),
@@ -227,7 +218,7 @@ def test_bench_rollout(tmp_path, capsys):
 def test_bench_scoring(tmp_path):
     out = tmp_path / "scoring.json"
     flags = ["--group-size", "4", "--memory-tokens", "64", "--out", str(out)]
-    tool("bench_scoring").main([*SMALL, *flags])
+    load_tool("bench_scoring").main([*SMALL, *flags])
     found = identified(out)
     by_ratio = {r["completion / prompt"]: r for r in found["prefix_sharing"]}
     P = by_ratio[1.0]["prompt"]
@@ -237,7 +228,7 @@ def test_bench_scoring(tmp_path):
 
 def test_bench_grpo_alone(tmp_path):
     out = tmp_path / "grpo.json"
-    tool("bench_grpo").main([*SMALL, "--peer", "none", "--warmup", "1", "--out", str(out)])
+    load_tool("bench_grpo").main([*SMALL, "--peer", "none", "--warmup", "1", "--out", str(out)])
     found = identified(out)
     ours = found["medians"]["ours"]
     assert ours["total"] == pytest.approx(sum(ours[p] for p in ("sample", "score", "backward", "other")))
@@ -249,7 +240,7 @@ def test_bench_grpo_alone(tmp_path):
 @pytest.mark.slow
 def test_bench_sft_alone(tmp_path):
     out = tmp_path / "sft.json"
-    tool("bench_sft").main([*SMALL, "--peer", "none", "--warmup", "1", "--out", str(out)])
+    load_tool("bench_sft").main([*SMALL, "--peer", "none", "--warmup", "1", "--out", str(out)])
     found = identified(out)
     assert set(found["seconds"]) == {"ours", "ours, cached"}
     assert found["steps"]["ours"][0]["vision"] > found["steps"]["ours, cached"][0].get("vision", 0) >= 0
@@ -262,7 +253,7 @@ def test_against_trl(tmp_path, name):
     for package in trl_side.PEERS:
         pytest.importorskip(package)
     out = tmp_path / "out.json"
-    tool(name).main([*SMALL, "--peer", "trl", "--warmup", "1", "--out", str(out)])
+    load_tool(name).main([*SMALL, "--peer", "trl", "--warmup", "1", "--out", str(out)])
     found = identified(out)
     assert found["ratio"] > 0 and len(found["steps"]["trl"]) == 1 and found["versions"]["trl"]
 

@@ -6,7 +6,6 @@ What servers do wrong is tests/test_datagen_endpoints.py.
 """
 
 import asyncio
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers import load_tool
 from PIL import Image
 
 from tag.args import run
@@ -31,16 +31,8 @@ from tag.errors import DataError, UsageError
 from tag.labels import CLASSES
 from tag.trace import aus_of_boxes, parse
 
-ROOT = Path(__file__).resolve().parents[1]
 AUS = [AU("AU12", 0.9, (80, 323, 416, 407)), AU("AU6", 0.8, (117, 248, 396, 344)), AU("AU4", 0.4, (235, 119, 345, 188))]
 RECORD = Record("r1", "r1.png", "d", "train", "happiness", AUS, [a.au for a in AUS])
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 tool = load_tool("build_tag310k")

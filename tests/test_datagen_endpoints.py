@@ -6,7 +6,6 @@ The servers are tools/fake_endpoint.py, started on this machine.
 """
 
 import asyncio
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import load_tool
 from test_datagen import accepted, data_set
 
 pytest.importorskip("openai", reason="the openai client is not installed (pip install '.[api]')")
@@ -34,13 +34,6 @@ from tag.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = Limits()
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 tool, fake, bench = load_tool("build_tag310k"), load_tool("fake_endpoint"), load_tool("bench_build")

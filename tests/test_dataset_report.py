@@ -3,27 +3,18 @@
 pytest tests/test_dataset_report.py
 """
 
-import importlib.util
 import json
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
+from helpers import load_tool
 
 from tag.data.records import AU, Record, write_records
 from tag.errors import DataError
 from tag.report.dataset_stats import collect
 from tag.synth.writer import write_record_trace
 
-ROOT = Path(__file__).resolve().parents[1]
 BOX = (10, 10, 60, 60)
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 tool = load_tool("dataset_report")

@@ -6,13 +6,13 @@ The published FERPlus label files lie in ../shared/assets/ferplus or $TAG_ASSETS
 """
 
 import csv
-import importlib.util
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import load_tool
 from PIL import Image
 
 from tag.data.datasets import READERS, count, disagreement, read_dataset
@@ -23,13 +23,6 @@ from tag.labels import CLASSES
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = Path(os.environ.get("TAG_ASSETS") or ROOT.parent / "shared" / "assets")
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 count_tool, unpack_tool, detect_tool = (load_tool(n) for n in ("count_splits", "unpack_faces", "detect_aus"))

@@ -8,7 +8,6 @@ Most tests put a made-up detector in MediaPipe's place; those named `real` need 
 
 import contextlib
 import csv
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import load_tool
 from PIL import Image
 
 from tag.au.annotate import Journal
@@ -37,13 +37,6 @@ from tag.trace import aus_of_boxes, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = Path(os.environ.get("TAG_ASSETS") or ROOT.parent / "shared" / "assets")
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 tool = load_tool("detect_aus")

@@ -3,7 +3,6 @@
 pytest tests/test_diagnosis.py
 """
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_run import FakeRun
+from helpers import load_tool
 
 from tag.args import run
 from tag.diagnosis import RULES, findings, kl_share
@@ -98,14 +98,7 @@ def test_verdicts():
 # ---------------------------------------------------------------- the tool
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("check_run", ROOT / "tools" / "check_run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-check_run = load_tool()
+check_run = load_tool("check_run")
 
 
 def call(*argv: object) -> int:

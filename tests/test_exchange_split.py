@@ -3,29 +3,19 @@
 pytest tests/test_exchange_split.py
 """
 
-import importlib.util
 import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers import load_tool
 from PIL import Image
 
 from tag.data.records import AU, Record, read_records, write_records
 from tag.errors import DataError, UsageError
 from tag.labels import CLASSES
 from tag.synth.writer import write_record_trace
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 split_tool, exchange_tool = load_tool("split"), load_tool("export_dataset")
 

@@ -8,7 +8,6 @@ that the fuzzer sees a crash, a hang and a slow input.
 """
 
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import load_tool
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed (pip install '.[dev]')")
 from hypothesis import given, settings
@@ -248,15 +248,8 @@ def test_the_fuzzer_sees_and_keeps_what_fails(tmp_path, monkeypatch, bad, expect
     assert bad in kept and outcome.runs <= 4 + len(outcome.findings)
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("fuzz_tool", ROOT / "tools" / "fuzz.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_tool_writes_what_it_did_and_replays(tmp_path, capsys):
-    tool, out = load_tool(), tmp_path / "fuzz.json"
+    tool, out = load_tool("fuzz"), tmp_path / "fuzz.json"
     assert set(tool.NAMES) == set(TARGETS)
     common = ["--found", str(tmp_path / "found"), "--out", str(out)]
     tool.main(["--target", "canvas", "rewards", "--runs", "300", *common])
@@ -273,7 +266,7 @@ def test_the_tool_writes_what_it_did_and_replays(tmp_path, capsys):
 @pytest.mark.slow
 def test_atheris_sees_our_code_and_what_fails(tmp_path):
     pytest.importorskip("atheris", reason="atheris is not installed (pip install '.[fuzz]')")
-    tool, out = load_tool(), tmp_path / "fuzz.json"
+    tool, out = load_tool("fuzz"), tmp_path / "fuzz.json"
     tool.main(
         ["--target", "canvas", "--runs", "400", "--engine", "atheris", "--found", str(tmp_path), "--out", str(out)]
     )

@@ -3,7 +3,6 @@
 pytest tests/test_gpu_smoke.py
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import load_tool
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from tag.random_vlm import config_7b, random_vlm
@@ -18,9 +18,7 @@ from tag.tiny.checkpoint import build_config
 from tag.vlm import TINY_MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("gpu_smoke", ROOT / "tools" / "gpu_smoke.py")
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_tool("gpu_smoke")
 
 TINY = ["--config", "tiny", "--device", "cpu"]
 

@@ -3,13 +3,13 @@
 pytest tests/test_inspect_dataset.py
 """
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
+from helpers import load_tool
 from PIL import Image
 
 from tag.data.records import AU, Record, write_records
@@ -17,15 +17,7 @@ from tag.errors import DataError, UsageError
 from tag.report.inspect_page import agreement, read_verdicts
 from tag.synth.writer import write_record_trace
 
-ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = '"><img src=x onerror=document.title="hacked">'
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 tool = load_tool("inspect_dataset")

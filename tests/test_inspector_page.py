@@ -5,7 +5,6 @@ python tests/fake_run.py OUT && python tools/inspect_rollouts.py OUT/tag      # 
 """
 
 import base64
-import importlib.util
 import json
 import re
 import shutil
@@ -17,6 +16,7 @@ import pytest
 import torch
 from browser import CHROMIUM, Browser
 from fake_run import FakeRun
+from helpers import load_tool
 
 from tag.args import run
 from tag.record import StepRecord, load_record
@@ -184,10 +184,7 @@ def test_metrics_lines_are_merged_and_broken_ones_counted(tmp_path):
 
 def inspect(*argv: object) -> int:
     """Exit code of the tool."""
-    path = Path(__file__).parents[1] / "tools" / "inspect_rollouts.py"
-    spec = importlib.util.spec_from_file_location("inspect_rollouts", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool("inspect_rollouts")
     before, sys.argv = sys.argv, ["inspect_rollouts.py", *map(str, argv)]
     try:
         run(tool.main)

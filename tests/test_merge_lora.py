@@ -3,14 +3,13 @@
 pytest tests/test_merge_lora.py
 """
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_faces
+from helpers import load_tool, random_faces
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
@@ -18,10 +17,7 @@ from tag.args import run
 from tag.lora import LoRALinear, load_adapter, lora_layers
 from tag.vlm import PROJECTOR, load_vlm
 
-ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("merge_lora", ROOT / "tools" / "merge_lora.py")
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_tool("merge_lora")
 
 
 def refused(capsys, *argv: object) -> str:

@@ -3,28 +3,20 @@
 pytest tests/test_openface.py
 """
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from helpers import load_tool
 
 from tag.au.openface import AUS_3, main_faces, read_openface
 from tag.data.records import AU, Record, write_records
 from tag.errors import DataError
 from tag.evaluation.predictions import make_prediction, write_predictions
 
-ROOT = Path(__file__).resolve().parents[1]
 HEADER_2 = "frame, face_id, timestamp, confidence, success, gaze_0_x, AU01_r, AU12_r, AU45_r, AU01_c, AU12_c, AU28_c"
 HEADER_3 = "timestamp,image_path,face_id,face_detection,landmarks,emotion,gaze_yaw,gaze_pitch,action_units"
 ROW_3 = '0.1,{image},{face},"[1, 2, 3, 4]","[[1, 2]]",1,0.1,0.2,"{aus}"'
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 tool = load_tool("check_openface")

@@ -6,7 +6,6 @@ The records are made by train_grpo.py itself on a random model, whose completion
 texts are replaced by scripted ones (`ScriptedEngine`): token ids and log-probs stay the sampled ones, rewards vary.
 """
 
-import importlib.util
 import json
 import math
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_run import FakeRun
+from helpers import load_tool
 
 import train_grpo
 from tag.args import claim_run_folder, run
@@ -42,16 +42,7 @@ from tag.replay import (
 from tag.replay_model import RecordedModel
 from tag.rollout import RolloutEngine
 
-ROOT = Path(__file__).resolve().parents[1]
 ALONE = Dist(0, 1, torch.device("cpu"))
-
-
-def load_tool(name: str):
-    """A script of tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 replay_step = load_tool("replay_step")

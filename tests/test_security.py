@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import load_tool
 from PIL import Image
-from test_datagen import data_set, load_tool
+from test_datagen import data_set
 
 from tag.au.annotate import check_images
 from tag.data import images
