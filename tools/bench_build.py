@@ -34,6 +34,7 @@ import torch
 from PIL import Image
 
 from tag.args import Parser, check, run
+from tag.bench.measure import status_bytes
 from tag.bench.output import card, write_json
 from tag.boxes import Box
 from tag.data.records import AU, Record, write_records
@@ -191,10 +192,9 @@ class Used:
 def peak_rss_mb(pid: int) -> float:
     """Largest memory of a process so far (Linux). Not that of wait4: it starts from what the forking process held."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return status_bytes("VmHWM", pid) / 2**20
     except OSError:
         return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
 
 
 def build(command: list[str], out: Path, count: int, args: argparse.Namespace) -> tuple[dict, Used]:
@@ -227,11 +227,12 @@ def has_ended(pid: int) -> bool:
 
 def audit(out: Path, count: int) -> dict[str, int]:
     """Faces that the kept lines lack, and that they hold twice: 0 and 0, or DataError."""
-    ids = Counter(i for found in kept_ids(out).values() for i in found)
+    kept = kept_ids(out)
+    ids = Counter(i for found in kept.values() for i in found)
     lost = sum(f"face-{i:07d}" not in ids for i in range(count))
     doubled = sum(n - 1 for n in ids.values())
     exported = sum(path.read_bytes().count(b"\n") for path in out.glob("*.jsonl") if path.name != "runs.jsonl")
-    if lost or doubled or exported != len(kept_ids(out)["accepted"]):
+    if lost or doubled or exported != len(kept["accepted"]):
         raise DataError(f"of {count} faces {lost} are lost, {doubled} doubled, {exported} exported")
     return {"lost": lost, "doubled": doubled}
 

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from tag.au.facs import au_number
 from tag.au.workers import Speed
+from tag.data.counts import class_shares, histogram
 from tag.data.records import Record
 from tag.labels import CLASSES
 
@@ -20,8 +20,9 @@ def summarize(records: Sequence[Record], rejected: Sequence[dict[str, Any]]) -> 
     reasons = Counter(entry["reason"] for entry in rejected)
     dropped = Counter(entry["label"] for entry in rejected if entry["reason"] == "dropped_label")
     classes = Counter(record.label for record in records)
-    with_au = Counter((a.au, record.label) for record in records for a in record.aus)
-    aus = sorted({au for au, _ in with_au}, key=au_number)
+    active: dict[str, Counter[str]] = {label: Counter() for label in classes}
+    for record in records:
+        active[record.label].update(a.au for a in record.aus)
     splits = {split: Counter(r.label for r in records if r.split == split) for split in SPLITS}
     return {
         "records": len(records),
@@ -32,9 +33,9 @@ def summarize(records: Sequence[Record], rejected: Sequence[dict[str, Any]]) -> 
         "several_faces": sum(r.provenance["faces"] > 1 for r in records),
         "copies": len(records) - len({r.provenance["sha256"] for r in records}),
         "splits": {split: {c: n[c] for c in CLASSES} for split, n in splits.items() if n},
-        "aus_per_face": _histogram(len(r.aus) for r in records),
-        "candidates_per_face": _histogram(len(r.candidates) for r in records),
-        "activation": {au: {c: round(with_au[au, c] / n, 4) for c, n in sorted(classes.items())} for au in aus},
+        "aus_per_face": histogram(Counter(len(r.aus) for r in records)),
+        "candidates_per_face": histogram(Counter(len(r.candidates) for r in records)),
+        "activation": class_shares(classes, active),
     }
 
 
@@ -87,11 +88,6 @@ def as_text(summary: dict[str, Any], speed: dict[str, Any]) -> str:
             f"{speed['cpu_ms_per_image']:.1f} ms of CPU an image, {speed['seconds_to_start']:.1f} s to start)"
         )
     return "\n".join(lines)
-
-
-def _histogram(values) -> dict[str, int]:
-    counts = Counter(values)
-    return {str(value): counts[value] for value in sorted(counts)}
 
 
 def _listed(counts: dict[str, int]) -> str:

@@ -201,16 +201,22 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-        before = _status("VmRSS")
+        before = status_bytes("VmRSS")
         call()
-        return _status("VmHWM") - before
+        return status_bytes("VmHWM") - before
     except (OSError, AttributeError):
         return None
 
 
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+def status_bytes(field: str, pid: int | str = "self") -> int:
+    """A field of the process's memory in bytes, VmRSS (now) or VmHWM (the most so far). Linux.
+
+    Raises OSError where the system does not tell, and for a process that has ended.
+    """
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"process {pid} has no {field}")
 
 
 # ---- ceilings ---------------------------------------------------------------------------------------------------

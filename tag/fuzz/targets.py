@@ -235,6 +235,7 @@ class _Tags(HTMLParser):
         self.attributes: set[str] = set()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note which elements and attributes there are."""
         self.tags.add(tag)
         self.attributes.update(name for name, _ in attrs)
 

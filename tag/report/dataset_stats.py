@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from tag.au.facs import au_number
+from tag.data.counts import class_shares, histogram
 from tag.data.records import Record
 from tag.labels import CLASSES
 from tag.trace import named_aus, parse
@@ -61,10 +62,10 @@ def collect(records: Iterable[Record], count_tokens: Callable[[str], int] | None
         "detectors": dict(detectors.most_common()),
         "datasets": {name: sum(c.values()) for name, c in sorted(classes.items())},
         "classes": {name: {label: c[label] for label in CLASSES} for name, c in sorted(classes.items())},
-        "aus_per_face": _histogram(aus_per_face),
-        "candidates_per_face": _histogram(candidates_per_face),
-        "boxes_per_trace": _histogram(boxes_per_trace),
-        "eliminations": _histogram(depths),
+        "aus_per_face": histogram(aus_per_face),
+        "candidates_per_face": histogram(candidates_per_face),
+        "boxes_per_trace": histogram(boxes_per_trace),
+        "eliminations": histogram(depths),
         "activated": _by_number(activated),
         "candidates": _by_number(candidates),
         "selected": _by_number(selected),
@@ -79,14 +80,12 @@ def _association(of_class: Counter, active: dict[str, Counter], total: int) -> d
     The logarithm adds half a face on both sides, so that a small class cannot give an infinite value.
     """
     table: dict[str, dict[str, dict[str, float]]] = {}
-    for au in sorted({name for counts in active.values() for name in counts}, key=au_number):
+    for au, shares in class_shares(of_class, active).items():
         everywhere = sum(counts[au] for counts in active.values())
         table[au] = {}
-        for label in CLASSES:
-            if of_class[label]:
-                seen = active[label][au]
-                ratio = (seen + 0.5) / (of_class[label] + 1) / ((everywhere + 0.5) / (total + 1))
-                table[au][label] = {"share": round(seen / of_class[label], 4), "log2_lift": round(math.log2(ratio), 3)}
+        for label, share in shares.items():
+            ratio = (active[label][au] + 0.5) / (of_class[label] + 1) / ((everywhere + 0.5) / (total + 1))
+            table[au][label] = {"share": share, "log2_lift": round(math.log2(ratio), 3)}
     return table
 
 
@@ -114,10 +113,6 @@ def _percentile(lengths: Counter[int], total: int, percent: int) -> int:
         if 100 * seen >= percent * total:
             return length
     raise ValueError("no lengths")
-
-
-def _histogram(counts: Counter[int]) -> dict[str, int]:
-    return {str(value): counts[value] for value in sorted(counts)}
 
 
 def _by_number(counts: Counter[str]) -> dict[str, int]:
