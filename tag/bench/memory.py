@@ -4,6 +4,8 @@ On a GPU PyTorch's allocator counts. On a CPU the profiler reports every allocat
 kernels too, and the stages are told apart by an empty tensor of a size that nothing else has.
 """
 
+import gc
+
 import torch
 
 MARK = 7_777_777  # bytes; never touched, so no page of it exists
@@ -24,7 +26,9 @@ class AllocatedBytes:
         self.left: dict[str, int] = {}
 
     def __enter__(self) -> "AllocatedBytes":
+        gc.collect()
         if self.device.type == "cuda":
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             self.profile = torch.profiler.profile(

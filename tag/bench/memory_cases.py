@@ -204,6 +204,7 @@ def _sample(engine: RolloutEngine, vlm: VLM, tower: torch.Tensor, group: int, fo
     with torch.no_grad():
         prompts = [replace(vlm.prompt(), image_features=f) for f in vlm.project(tower)]
     engine.refresh("policy")
+    found.lap("first refresh")
     engine.generate(prompts, group, seeds=range(len(prompts) * group))
     found.lap("sample")
     engine.refresh("policy")  # with the cache there, as from the second step on

@@ -112,11 +112,12 @@ def scoring(shape: Shape, run: Run, work: Pass) -> Items:
 
 
 def refreshing(shape: Shape, run: Run) -> Items:
-    """Merging: the largest matrix in float32, three times, and in the model's dtype as gathered and merged."""
+    """Merging: the largest matrix in float32, three times, and in the model's dtype as gathered and merged. Or putting
+    the embedding together from its shards: what each rank sent, what came, and the whole (measured with gloo)."""
     matrix = shape.hidden * shape.mlp
     found = matrix * (3 * FLOAT32 + run.item if run.item < FLOAT32 else 3 * FLOAT32)
     if run.sharded:
-        found = max(found + matrix * run.item, shape.vocab * shape.hidden * run.item)
+        found = max(found + matrix * run.item, 3 * shape.vocab * shape.hidden * run.item)
     return {"merging": found}
 
 
