@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The planner's memory model against measured peaks: allocated bytes of SFT updates, GRPO scoring and updates, rollouts.
+"""The planner's memory model against measured peaks: allocated bytes of SFT and GRPO updates, scoring and rollouts.
 
     python tools/bench_memory.py                                        # some minutes on a CPU, 1 and 2 processes
     python tools/bench_memory.py --device cuda --config 7b              # one GPU: the same at 7B size
 
 Writes docs/results/memory_model.json: for every case and stage the largest number of bytes that tensors took, what
-tag/plan/memory.py says, and the difference. Exit code 1 if one is off by more than --tolerance. Seconds mean nothing here:
-the profiler that counts on a CPU makes everything slow.
+tag/plan/memory.py says, and the difference. Exit code 1 if one is off by more than --tolerance. Seconds mean nothing
+here: the profiler that counts on a CPU makes everything slow.
 """
 
 import argparse

@@ -199,8 +199,9 @@ def show(found: dict, args: argparse.Namespace, card: Gpu, share: Efficiency) ->
     print(f"\na step, each GPU, {found['passes']} passes: {sum(found['seconds'].values()):.1f} s; ", end="")
     print(f"an evaluation {found['evaluation_seconds']:.1f} s")
     print(f"{found['steps']:,} steps: {found['hours']:.1f} hours, {found['gpu_hours']:.0f} GPU-hours")
-    print(f"(not measured: {card.flops / 1e12:.0f} TFLOP/s x {share.compute:.2f}, {card.bandwidth / 1e12:.2f} TB/s ", end="")
-    print(f"x {share.bandwidth:.2f}, links x {share.links:.2f}; a lower bound in what it leaves out)")
+    rates = f"{card.flops / 1e12:.0f} TFLOP/s x {share.compute:.2f}"
+    rates += f", {card.bandwidth / 1e12:.2f} TB/s x {share.bandwidth:.2f}, links x {share.links:.2f}"
+    print(f"(not measured: {rates}; a lower bound in what it leaves out)")
 
 
 def _gb(value: float | None) -> str:

@@ -29,7 +29,7 @@ def fits(shape: Shape, run: Run, capacity: float) -> bool:
 
 
 def largest(ok: Callable[[int], bool], most: int) -> int:
-    """The largest n in 0 ... most with ok(n), where ok holds up to some n and not beyond; ok(0) is taken for granted."""
+    """The largest n in 0 ... most with ok(n), where ok holds up to some n and not beyond; ok(0) is not asked."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,13 +1,13 @@
 """Memory of one rank, stage by stage and item by item, in bytes.
 
 What is held from step to step stands in every stage; each stage adds what comes and goes in it. The largest stage is
-what the run takes. CUDA itself, NCCL's buffers and the allocator's rounding are not allocated by tensors: see `RESERVE`.
+what the run takes. CUDA itself, NCCL's buffers and the allocator's rounding are not tensors: see `RESERVE`.
 """
 
 from tag.plan import activations as act
 from tag.plan.run import Pass, Run, largest_pass
 from tag.plan.shape import Shape
-from tag.rollout.budget import GPU_SHARE, KVPlan, plan_kv
+from tag.rollout.budget import CPU_SHARE, GPU_SHARE, KVPlan, plan_kv
 
 FLOAT32, FLOAT64, INT64 = 4, 8, 8
 RESERVE = 2 * 2**30  # of a GPU: CUDA context, NCCL, cuBLAS workspaces. To be measured; 1 to 2 GB are usual
@@ -45,7 +45,7 @@ def kv(shape: Shape, run: Run, free: int = 2**62) -> KVPlan:
     P, R, S = run.prompt, min(run.rows, prompts * run.group), prompts
     if run.gpu:
         P, R, S = -(-P // 32) * 32, run.rows, run.rows
-    budget = run.kv_budget or int(free * GPU_SHARE)
+    budget = run.kv_budget or int(free * (GPU_SHARE if run.gpu else CPU_SHARE))
     return plan_kv(shape.kv_per_token * run.item, run.group if run.stage == "grpo" else 1, P, run.longest, R, S, budget)
 
 
@@ -113,11 +113,11 @@ def scoring(shape: Shape, run: Run, work: Pass) -> Items:
 
 def refreshing(shape: Shape, run: Run) -> Items:
     """Merging: the largest matrix in float32, three times, and in the model's dtype as gathered and merged. Or putting
-    the embedding together from its shards: what each rank sent, what came, and the whole (measured with gloo)."""
+    the embedding together from its shards: what came, and the whole."""
     matrix = shape.hidden * shape.mlp
     found = matrix * (3 * FLOAT32 + run.item if run.item < FLOAT32 else 3 * FLOAT32)
     if run.sharded:
-        found = max(found + matrix * run.item, 3 * shape.vocab * shape.hidden * run.item)
+        found = max(found + matrix * run.item, 2 * shape.vocab * shape.hidden * run.item)
     return {"merging": found}
 
 
@@ -125,7 +125,7 @@ def sampling(shape: Shape, run: Run, free: int = 2**62) -> Items:
     """Prefill of prompts, or a decoding step: probabilities of all rows in float32, their sums in float64."""
     plan = kv(shape, run, free)
     tokens = min(max(1, PREFILL_TOKENS // plan.prompt_length), plan.slots) * plan.prompt_length
-    width = 2 * shape.mlp + shape.mlp + 3 * shape.hidden
+    width = 3 * shape.mlp + 8 * shape.hidden + 2 * shape.kv_width  # a layer's attention is not let go before its MLP
     prefill = tokens * run.item * (shape.kv_per_token + width)
     logits = plan.rows * shape.vocab * (FLOAT32 + FLOAT64 + (FLOAT32 if run.item < FLOAT32 else 0))
     scores = 2 * plan.rows * shape.heads * (plan.prompt_length + plan.length) * FLOAT32

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -82,11 +83,8 @@ def check_memory(args: argparse.Namespace, stage: str, here: Dist, faces: int) -
     run, free = run_of(args, stage, here, faces), available(here.device)
     try:
         stages = memory(shape, run, free)
-    except ValueError as e:
-        if args.no_memory_check:
-            here.print(f"memory: no estimate, {e}")
-            return
-        raise UsageError(f"{e} (tools/plan_run.py shows what fits; --no-memory-check tries all the same)") from None
+    except ValueError:  # no room is left for a KV cache, or --kv-gb is too little, which the engine will refuse
+        stages = memory(shape, replace(run, kv_budget=0))
     name, nbytes = peak(stages)
     limit = usable(free) if here.device.type == "cuda" else free
     here.print(
