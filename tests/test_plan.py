@@ -159,7 +159,9 @@ def test_the_predictions_in_the_docs_are_the_planners():
         name, plan = stage.upper(), found[stage]
         assert said(f"largest memory of a GPU, {name}").startswith(f"{plan['peak']['bytes'] / gb:.0f} GB")
         step = sum(plan["seconds"].values())
-        assert said(f"time of {name}").startswith(f"{step:.1f} s a step, {plan['steps']:,} steps, {plan['hours']:.1f} h")
+        assert said(f"time of {name}").startswith(
+            f"{step:.1f} s a step, {plan['steps']:,} steps, {plan['hours']:.1f} h"
+        )
 
 
 # ---------------------------------------------------------------- bytes and operations
