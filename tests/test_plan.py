@@ -227,13 +227,14 @@ def test_allocations_are_seen_by_stage_and_inside_operators():
     assert found.left["gone"] <= small
 
 
-def check_case(case: Case) -> None:
+def check_case(case: Case, tolerance: float = 0.10) -> None:
     lines = bench_memory.in_processes(case) if case.world > 1 else compare(case, *measure_case(case, ALONE))
-    assert lines and all(abs(line["error"]) <= 0.10 for line in lines), lines
+    assert lines and all(abs(line["error"]) <= tolerance for line in lines), lines
 
 
-def test_memory_of_an_update_is_within_a_tenth():
-    check_case(Case("quick", "sft", config="192-512-6-6-2-1152", groups=2, completion=64, lora_rank=32))
+def test_memory_of_an_update():
+    # Narrower than a tenth: one forgotten tensor of the MLP's width in each layer is more than this.
+    check_case(Case("quick", "sft", config="192-768-4-6-2-1152", groups=3, completion=64, lora_rank=32), 0.05)
 
 
 @pytest.mark.slow
