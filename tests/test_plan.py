@@ -44,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 ALONE = Dist(0, 1, CPU)
 B7 = PUBLISHED["7B"]
+STAGES = ("sample", "refresh", "reference", "update")
 
 
 def tool(name: str):
@@ -243,6 +244,15 @@ def test_memory_is_within_a_tenth(number):
     check_case(bench_memory.CPU_CASES[number])
 
 
+@pytest.mark.slow
+def test_the_bench_writes_what_it_measured_and_judges_it(tmp_path, capsys):
+    out = tmp_path / "memory.json"
+    assert bench_memory.main(["--config", "small", "--out", str(out)]) == 0
+    content = json.loads(out.read_text())
+    assert {line["stage"] for line in content["cases"]} == {f"grpo, {s}" for s in STAGES} and content["commit"]
+    assert bench_memory.main(["--config", "small", "--out", str(out), "--tolerance", "0.0001"]) == 1
+
+
 def test_the_committed_table_is_of_todays_model():
     content = json.loads((ROOT / "docs" / "results" / "memory_model.json").read_text())
     lines = {(line["case"], line["stage"], line["processes"]): line for line in content["cases"]}
@@ -250,8 +260,7 @@ def test_the_committed_table_is_of_todays_model():
     tokenizer, seen = AutoTokenizer.from_pretrained(TINY_MODEL), 0
     for case in bench_memory.CPU_CASES:
         run, shape = case_run(case, prompt=178), case_shape(case_config(case.config, tokenizer))
-        stages = ("sample", "refresh", "reference", "update")
-        keys = {stage: (case.name, f"{case.stage}, {stage}", case.world) for stage in stages}
+        keys = {stage: (case.name, f"{case.stage}, {stage}", case.world) for stage in STAGES}
         measured = {s: lines[key]["measured_mib"] * 2**20 for s, key in keys.items() if key in lines}
         for line in compare(case, shape, run, measured):
             assert line["predicted_mib"] == pytest.approx(lines[keys[line["stage"].split(", ")[1]]]["predicted_mib"])
