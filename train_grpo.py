@@ -39,6 +39,7 @@ from tag.files import replacing
 from tag.gates import check_gradient, check_mismatch, check_ratio, check_reference, enforce, mismatch, pad_logprobs
 from tag.grpo import KL_ESTIMATORS, LOSS_AVERAGES, RATIO_LEVELS, group_advantages, grpo_loss, loss_normaliser
 from tag.lora import copy_adapter, load_adapter, save_adapter, set_adapter, set_dropout, set_trainable
+from tag.plan.startup import check_memory
 from tag.presets import KL_REFERENCES, LOSS_PRESETS, describe
 from tag.record import completion_entry, completion_tensors, face_entry, save_record, snapshot
 from tag.rewards import AU_KINDS, audit, reward_means, score_completion
@@ -146,6 +147,7 @@ def train(args, here: dist.Dist) -> None:
     faces_per_step = args.rollouts_per_step // G
     check(faces_per_step >= here.world, f"{faces_per_step} faces a step leave some of {here.world} ranks without work")
     resuming = claim_run_folder(out, "train_grpo.py", args, here.is_main)
+    check_memory(args, "grpo", here, len(records))
 
     # ---- model: LoRA -> reference -> freeze -> activation checkpointing -> shard
     vlm = load_vlm(args.model, args.dtype, here.device)

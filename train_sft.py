@@ -33,6 +33,7 @@ from tag.data.records import read_records
 from tag.evaluation.held_out import HeldOut
 from tag.files import replacing
 from tag.lora import add_lora, load_adapter, save_adapter
+from tag.plan.startup import check_memory
 from tag.rollout import RolloutEngine
 from tag.runlog import RunLog
 from tag.trace import strip_boxes
@@ -108,6 +109,7 @@ def train(args, here: dist.Dist) -> None:
         args.batch_size >= here.world, f"--batch-size {args.batch_size} leaves some of {here.world} ranks without work"
     )
     resuming = claim_run_folder(args.out, "train_sft.py", args, here.is_main)
+    check_memory(args, "sft", here, len(records))
 
     # ---- model: LoRA -> freeze -> activation checkpointing -> shard -----------------------------------------------
     vlm = load_vlm(args.model, args.dtype, here.device)

@@ -78,7 +78,7 @@ def check(condition: bool, message: str) -> None:
 RUNTIME_FLAGS = frozenset(
     {"preset", "out", "micro_tokens", "device", "threads", "save_every", "keep_checkpoints", "rollout_rows"}
     | {"activation_checkpointing", "kv_gb", "cuda_graphs", "compile", "workers", "no_fused_optimizer"}
-    | {"dense_attention"}
+    | {"dense_attention", "no_memory_check"}
     | {"shard", "stop_after", "cache_gb", "record_every", "record_state", "record_budget_mb", "waive_gates"}
 )
 
@@ -97,6 +97,7 @@ def add_running_flags(p: Parser, micro_tokens: int, save_every: int) -> Callable
     a("--dense-attention", action="store_true", help="one L x L mask for a row instead of blocks that see each other")
     a("--no-fused-optimizer", action="store_true", help="AdamW parameter by parameter instead of in one kernel")
     a("--activation-checkpointing", action="store_true", help="recompute activations in the backward pass")
+    a("--no-memory-check", action="store_true", help="start even if the estimate says that memory will not do")
     a("--device", choices=("auto", "cpu", "cuda"), default="auto")
     a("--threads", type=int, default=0, help="CPU threads, 0 = PyTorch's choice")
     a("--workers", type=int, default=2, help="processes that prepare the next images, per rank; 0 = the loop does")

@@ -281,7 +281,7 @@ def test_all_of_the_gpu_script_runs_on_a_cpu(tmp_path):
     done = subprocess.run([*command, "--out", out], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads(out.read_text())
-    names = {"rollout", "rollout_graphs", "grpo", "sft", "scoring", "scaling"}
+    names = {"rollout", "rollout_graphs", "grpo", "sft", "scoring", "memory", "scaling"}
     assert set(found["benches"]) == names and found["exit_codes"] == dict.fromkeys(names, 0)
     assert found["peer"] in ("trl", "none")
 

@@ -185,6 +185,9 @@ def test_every_flag_is_read(script):
     source = (ROOT / script).read_text()
     if "HeldOut(" in source:  # is handed all arguments
         source += (ROOT / "tag/evaluation/held_out.py").read_text()
+    if "check_memory(" in source:  # as well; whether to refuse is for it alone to know
+        lines = (ROOT / "tag/plan/startup.py").read_text().splitlines()
+        source += next(line for line in lines if "args.no_memory_check" in line)
     del args.preset  # read by Parser itself
     assert not [name for name in vars(args) if not re.search(rf"\bargs\.{name}\b", source)]
 

@@ -54,6 +54,7 @@ bench rollout_graphs 70 tools/bench_rollout.py "${sized[@]}" --waves 1 --peer no
 bench grpo 110 tools/bench_grpo.py "${sized[@]}" --peer "$peer" --warmup 1 --seconds 50 ${recompute[@]+"${recompute[@]}"}
 bench sft 90 tools/bench_sft.py "${sized[@]}" --peer "$peer" --warmup 1 --seconds 40
 bench scoring 60 tools/bench_scoring.py "${sized[@]}" --memory-tokens "$positions" --seconds 20
+bench memory 40 tools/bench_memory.py --config "$config" --device "$device" --tolerance 1  # recorded, not judged
 bench scaling 40 tools/bench_scaling.py --config small --worlds 1 2 --repeats 1
 
 "$python" - "$out" "$folder" "$peer" "$((SECONDS - started))" $codes <<'PY'
