@@ -258,7 +258,11 @@ def test_sft_end_to_end(call, work, flags):
     assert [line["step"] for line in steps] == [0, 1, 2] and [x["step"] for x in lines if "val_accuracy" in x] == [1, 2]
     assert {k for line in lines for k in line} - {"step"} <= documented()
     assert steps[2]["loss"] < steps[0]["loss"]
-    assert {p.name for p in (work / "out" / "checkpoints").iterdir()} == {"step-000003"}
+    card = json.loads((work / "out" / "checkpoints" / "step-000003" / "checkpoint.json").read_text())
+    best = [x["step"] + 1 for x in lines if "val_accuracy" in x and x["val_accuracy"] + x["val_au_iou"] == card["best"]]
+    assert card["best_step"] == best[0]  # the last one, and that of the best score
+    assert {p.name for p in (work / "out" / "checkpoints").iterdir()} == {f"step-{best[0]:06d}", "step-000003"}
+    assert not (work / "out" / "lock.json").exists() and not list((work / "out" / "heartbeat").iterdir())
     assert (work / "out" / "adapter" / "adapter_model.safetensors").is_file()
     assert (work / "out" / "best" / "adapter_config.json").is_file()
     assert not list((work / "out").rglob("*.partial"))
