@@ -57,7 +57,7 @@ class RunLock:
         found = self._read()
         if found is None:
             return  # released in the meantime
-        holder = json.loads(found) if found else {}
+        holder = _parsed(found) or {}
         mine = holder.get("host") == self.me["host"] and holder.get("space") == self.me["space"]
         if mine:
             stale = holder == self.me | {"beats": holder.get("beats")} or not alive(holder)
@@ -74,7 +74,9 @@ class RunLock:
             os.replace(self.path, aside)
         except FileNotFoundError:
             return
-        if aside.read_text(encoding="utf-8") != found:  # another process was quicker and has a lock of its own by now
+        if (
+            aside.read_text(encoding="utf-8", errors="replace") != found
+        ):  # another process was quicker and has a lock of its own by now
             os.replace(aside, self.path)
             return
         aside.unlink()
@@ -85,18 +87,25 @@ class RunLock:
             )
 
     def _read(self) -> str | None:
-        """The lock's text, "" if it cannot be understood, None if there is none."""
+        """The lock's text, None if there is none."""
+        text = ""
         for _ in range(20):  # who has just made it may not have written it yet
             try:
-                text = self.path.read_text(encoding="utf-8")
-                if isinstance(json.loads(text), dict):
-                    return text
+                text = self.path.read_text(encoding="utf-8", errors="replace")
             except FileNotFoundError:
                 return None
-            except ValueError:
-                pass
+            if _parsed(text) is not None:
+                break
             time.sleep(0.05)
-        return ""
+        return text
+
+
+def _parsed(text: str) -> dict | None:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def alive(holder: dict) -> bool:

@@ -15,51 +15,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from forks import ForkServer, reward_of_text
-from helpers import add_random_lora
+from helpers import add_random_lora, metrics, result
 
 import eval as eval_script
 import train_grpo
 import train_sft
 from tag.args import run
+from tag.bench.forks import reward_of_text
 from tag.data.records import read_records
 from tag.lora import save_adapter
 from tag.vlm import load_vlm
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train_sft": train_sft, "train_grpo": train_grpo, "eval": eval_script}
-TIMING = ("_seconds", "tokens_per_second", "record_share")
-
-
-@pytest.fixture
-def work(tmp_path, synth) -> Path:
-    """A folder of one's own with a copy of the data set's records; the images stay where they are."""
-    (tmp_path / "data").mkdir()
-    for split in ("train", "val"):
-        shutil.copyfile(synth / f"{split}.jsonl", tmp_path / "data" / f"{split}.jsonl")
-    return tmp_path
-
-
-@pytest.fixture
-def flags(work, synth, small_folder, small_adapter):
-    """Flags of a short run of a script on the random model, as a function of its name and the flags that differ."""
-
-    def of(script: str, **changed: object) -> list[str]:
-        chosen: dict = {"model": small_folder, "dtype": "float32", "image_root": synth, "out": work / "out"}
-        chosen |= {"data": work / "data" / "val.jsonl" if script == "eval" else work / "data", "max_new_tokens": 8}
-        if script == "train_sft":
-            chosen |= {"batch_size": 4, "epochs": 1, "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "lr": 1e-2}
-            chosen |= {"eval_faces": 4, "eval_every": 2}
-        if script == "train_grpo":
-            chosen |= {"adapter": small_adapter, "group_size": 2, "rollouts_per_step": 8, "max_steps": 3, "lr": 1e-3}
-            chosen |= {"eval_faces": 4, "eval_every": 2}
-        if script == "eval":
-            chosen |= {"adapter": small_adapter, "report_faces": 2}
-        chosen |= changed
-        words = [(f"--{k.replace('_', '-')}", v) for k, v in chosen.items() if v is not None]
-        return [str(w) for flag, v in words for w in ((flag,) if v is True else (flag, v))]
-
-    return of
 
 
 @pytest.fixture
@@ -92,19 +60,6 @@ def refused(call, work: Path, script: str, argv: list[str]) -> str:
     assert len(err.splitlines()) == 1 and err.startswith("error: ") and "Traceback" not in err
     assert tree(work) == before
     return err
-
-
-def metrics(out: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.endswith(TIMING)} for line in lines]
-
-
-def result(out: Path) -> dict[str, str]:
-    """Hashes of what a run leaves for others: adapters and the tensors of its step records."""
-    wanted = [*out.glob("adapter/*"), *out.glob("best/*"), *out.glob("records/*/tensors.safetensors")]
-    assert wanted
-    return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in wanted}
 
 
 # ---------------------------------------------------------------- bad input
@@ -327,13 +282,6 @@ def test_stop_after(call, work, flags, script, monkeypatch):
 
 
 # ---------------------------------------------------------------- killed and resumed
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Runs the training scripts in processes that can be killed."""
-    with ForkServer(tmp_path_factory.mktemp("logs")) as server:
-        yield server
 
 
 @pytest.mark.slow
