@@ -138,7 +138,7 @@ def disturbed_run(
     """The same command again and again, injured at random moments, until it has ended by itself."""
     for _ in range(1000):
         pids = server.start(script, argv, world)
-        time.sleep(dice.uniform(0.15, 1.1) * seconds)
+        time.sleep(dice.uniform(0.1, 0.95) * seconds)
         tally.count(injure(pids, dice))
         ended = server.finish()
         tally.resumed += "resuming after step" in ended.output
