@@ -106,7 +106,7 @@ class Passes:
         if all(len(batch.images) == 1 for batch, _ in self.batches):
             if all(len(g.completions) == 1 for g in self.groups):
                 raise UsageError(
-                    f"[rank {self.here.rank}] out of memory with one completion in a pass of {before} tokens: "
+                    f"out of memory with one completion in a pass of {before} tokens: "
                     "--activation-checkpointing, a smaller --max-new-tokens, or more memory"
                 )
             self.split = True  # from here on every completion behind its own copy of the prompt

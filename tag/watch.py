@@ -50,7 +50,7 @@ class Watch:
         self.thread: threading.Thread | None = None
         self.seen: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was new to us
         self.progress: tuple[list[int], float] = ([], time.monotonic())  # moves of all ranks, and since when
-        self.told: list[int] = []  # the moves that have been reported
+        self.told: tuple[list[int], set[int]] = ([], set())  # the moves and silent ranks that have been reported
         self.complained = False
 
     def at(self, stage: str, step: int | None = None, samples: Sequence[str] = ()) -> None:
@@ -106,11 +106,11 @@ class Watch:
         if moves != self.progress[0]:
             self.progress = (moves, now)
         still = now - self.progress[1]
-        if not self.slow or still < self.slow or moves == self.told or len(entries) < self.here.world:
+        if not self.slow or still < self.slow or len(entries) < self.here.world:
             return
         silent = {rank for rank, (_, since) in self.seen.items() if now - since > max(3 * self.every, 0.5 * self.slow)}
-        if self.here.rank == min({0, 1} - silent, default=0):
-            self.told = moves
+        if self.here.rank == min({0, 1} - silent, default=0) and (moves, silent) != self.told:
+            self.told = (moves, silent)
             for line in diagnose(entries, silent, still):
                 self._say(line)
 

@@ -135,40 +135,41 @@ class Faces:
 
     def _pixels(self, indices: Sequence[int]) -> Tensor:
         parts = {i: self.pixels[i] for i in indices if i in self.pixels}
-        ready = {i: self.coming.pop(i) for i in indices if i in self.coming and i not in parts}
-        rest = [i for i in indices if i not in ready and i not in parts]
+        ready = [i for i in indices if i in self.coming and i not in parts]
+        rest = [i for i in indices if i not in self.coming and i not in parts]
         if rest:
             with ThreadPoolExecutor(DECODE_THREADS) as pool:
                 parts |= dict(zip(rest, self.vlm.pixel_values(list(pool.map(self.image, rest)))))
-        parts |= {i: self._result(i, future) for i, future in ready.items()}
+        parts |= {i: self._prepared(i) for i in ready}
         return torch.stack([parts[i] for i in indices])
 
-    def _result(self, index: int, future: Future) -> Tensor:
+    def _prepared(self, index: int) -> Tensor:
         """What a worker has made of an image. Workers that died are replaced, and all they had not delivered is asked
-        for again; an image that kills one by itself is a bad image."""
+        for again; an image that kills the next one as well, alone in it, is a bad image."""
         try:
-            return torch.from_numpy(future.result())
+            return torch.from_numpy(self.coming.pop(index).result())
         except BrokenProcessPool:
             pass
-        lost = [index, *(i for i, f in self.coming.items() if not (f.done() and f.exception() is None))]
+        lost = [i for i, f in self.coming.items() if not (f.done() and f.exception() is None)]
         self.deaths += 1
         if self.deaths > MAX_DEATHS:
-            raise DataError(
-                f"data workers died {self.deaths} times, perhaps of too little memory; try --workers 0"
-            ) from None
-        self.tell("data_worker", f"a data worker died, another takes its place ({len(lost)} images asked for again)")
-        self.pool.shutdown(wait=True, cancel_futures=True)
+            raise DataError(f"data workers died {self.deaths} times, perhaps of too little memory; try --workers 0")
+        self.tell(
+            "data_worker", f"a data worker died, another takes its place ({1 + len(lost)} images asked for again)"
+        )
+        self._new_pool()
         try:
-            # Spawned: there are threads by now. One alone, so that it is known what kills it.
-            self.pool = start_workers(1, self.vlm.image_processor, "spawn")
-            found = torch.from_numpy(self.pool.submit(_prepare, self.paths[index]).result())
+            return torch.from_numpy(self.pool.submit(_prepare, self.paths[index]).result())  # nothing else runs there
         except BrokenProcessPool:
-            raise DataError(f"{self.paths[index]}: the process that reads it dies") from None
+            self._new_pool()
+            self.bad[index] = f"{self.paths[index]}: the process that reads it dies"  # never to be tried in this one
+            raise DataError(self.bad[index]) from None
         finally:
-            self.pool.shutdown(wait=True, cancel_futures=True)
-            self.pool = start_workers(self.workers, self.vlm.image_processor, "spawn")
-            self.coming |= {i: self.pool.submit(_prepare, self.paths[i]) for i in lost[1:]}
-        return found
+            self.coming |= {i: self.pool.submit(_prepare, self.paths[i]) for i in lost}
+
+    def _new_pool(self) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        self.pool = start_workers(self.workers, self.vlm.image_processor, "spawn")  # not forked: there are threads now
 
     def close(self) -> None:
         """End the workers; safe to call twice."""
