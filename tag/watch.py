@@ -22,6 +22,7 @@ from tag.dist import Dist
 from tag.files import replacing
 
 SHOWN = 16  # sample ids in a heartbeat
+SOONEST = 0.5  # seconds between two beats
 HANG_EXIT = 3  # exit code of a run that ends itself because it hangs
 
 
@@ -46,7 +47,7 @@ class Watch:
         self.also = also
         self.now: tuple[int, float, int | None, str, list[str]] = (0, time.monotonic(), None, "start", [])
         self.beats = 0
-        self.ended = threading.Event()
+        self.ended, self.moved = threading.Event(), threading.Event()
         self.thread: threading.Thread | None = None
         self.seen: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was new to us
         self.progress: tuple[list[int], float] = ([], time.monotonic())  # moves of all ranks, and since when
@@ -56,6 +57,7 @@ class Watch:
     def at(self, stage: str, step: int | None = None, samples: Sequence[str] = ()) -> None:
         """The loop goes on to `stage` of `step`, with these samples (the ids of all that it works on)."""
         self.now = (self.now[0] + 1, time.monotonic(), step, stage, list(samples[:SHOWN]))
+        self.moved.set()
 
     def __enter__(self) -> "Watch":
         self.now = (self.now[0], time.monotonic(), *self.now[2:])
@@ -67,12 +69,15 @@ class Watch:
 
     def __exit__(self, *exc: object) -> None:
         self.ended.set()
+        self.moved.set()
         self.thread.join()
         for file in self.folder.glob(f"rank-{self.here.rank:05d}.*"):
             file.unlink(missing_ok=True)
 
     def _run(self) -> None:
-        while not self.ended.wait(self.every):
+        while not self.ended.wait(SOONEST):
+            self.moved.wait(self.every)  # a move is shown soon: who freezes does so in the stage shown
+            self.moved.clear()
             self._beat()
             if self.here.rank <= 1:
                 self._look()
