@@ -10,18 +10,20 @@
 The collectives of a border are one sum of four numbers a step, and a gather in those steps that save or met a fault.
 """
 
+import json
 import math
 import os
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from tag.dist import Dist
 from tag.errors import UsageError
+from tag.files import replacing
 from tag.gates import check_gradient
 from tag.lock import RunLock
 from tag.runlog import RunLog
@@ -43,6 +45,10 @@ class Guard:
         here: Dist,
     ) -> None:
         self.here, self.max_skipped = here, args.max_skipped
+        self.asked: str | None = None  # the signal that this process got
+        self.handlers: dict[int, object] = {}  # of signals, as they were before
+        self._listen()  # before the ranks meet below: once there is a heartbeat, all of them listen
+        self.stopped = Path(out) / "stopped.json"  # there while the run waits to be gone on with
         self.lock = RunLock(out, warn=here.print)
         problem = None
         if here.is_main:
@@ -59,7 +65,6 @@ class Guard:
         self.step, self.last, self.in_a_row = 0, 0, 0
         self.faults: Counter[str] = Counter()
         self.new_faults: list[dict] = []  # of this rank, since the last border
-        self.asked: str | None = None  # the signal that this process got
         self.stopping = False
         self.log: RunLog | None = None
 
@@ -71,8 +76,10 @@ class Guard:
     def steps(self, first: int, last: int, log: RunLog) -> Iterator[int]:
         """Step numbers; the body must end with `border`."""
         self.log, self.last, finished = log, last, False
+        if self.here.is_main:
+            self.stopped.unlink(missing_ok=True)
         try:
-            with self._signals(), self.watch:
+            with self.watch:
                 for self.step in range(first, last):
                     yield self.step
                     if self.stopping:
@@ -81,6 +88,7 @@ class Guard:
         finally:
             if not finished:  # the loop has raised
                 self.lock.release()
+                self._listen_no_more()
 
     def at(self, stage: str, samples: Sequence[str] = ()) -> None:
         """This rank goes on to `stage`; samples: the ids of what it works on."""
@@ -133,11 +141,15 @@ class Guard:
             saver.finish()
         if self.stopping:
             names = [name for name in self.here.gather(self.asked) if name]
+            if self.here.is_main:
+                with replacing(self.stopped) as f:
+                    json.dump({"signal": names[0], "step": done}, f)
             self.log.write(f"stopped by {names[0]} after step {done}: saved; the same command resumes")
 
     def close(self) -> None:
         """The end of the run: says what saving cost and what was survived."""
         self.lock.release()
+        self._listen_no_more()
         if self.saver.saves:
             each = self.saver.seconds / self.saver.saves
             self.here.print(f"checkpoints: {self.saver.saves}, {each:.3g} s of the loop each")
@@ -152,19 +164,16 @@ class Guard:
         once = {(f["kind"], f["text"]) if f["kind"] != "skipped" else "skipped": f for f in everything}
         self.faults.update(f["kind"] for f in once.values())  # a skipped step is one, whatever the number of ranks
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
+    def _listen(self) -> None:
         def ask(number: int, frame: object) -> None:
             self.asked = signal.Signals(number).name
 
-        before = {}
         try:
             for number in STOP_SIGNALS:
-                before[number] = signal.signal(number, ask)
+                self.handlers[number] = signal.signal(number, ask)
         except ValueError:
             pass  # not in the main thread: whoever runs us there handles signals
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+    def _listen_no_more(self) -> None:
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())

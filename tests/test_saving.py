@@ -339,10 +339,12 @@ def test_a_signal_to_one_rank_saves_and_ends_all(server, work, flags, script, nu
     assert 3 <= done < len(metrics(work / "whole"))
     assert names(work / "stopped") == [f"step-{done:06d}"]
     assert not (work / "stopped" / LOCK).exists()
+    assert json.loads((work / "stopped" / "stopped.json").read_text()) == {"signal": number.name, "step": done}
     last = server.run(script, argv, 2)
     assert last.codes == [0, 0] and f"resuming after step {done} of" in last.output
     assert metrics(work / "stopped") == metrics(work / "whole")
     assert result(work / "stopped") == result(work / "whole")
+    assert not (work / "stopped" / "stopped.json").exists()
 
 
 @pytest.mark.slow
