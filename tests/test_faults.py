@@ -301,8 +301,11 @@ def test_a_data_worker_that_dies_is_replaced(synth, small):
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.5)
         assert torch.equal(faces.tower(range(6)), expected[:6]) and told == ["data_worker"]
+        for pid in list(faces.pool._processes):  # and between two steps
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.5)
         faces.prefetch(range(6, 12))
-        assert torch.equal(faces.tower(range(12)), expected) and told == ["data_worker"]
+        assert torch.equal(faces.tower(range(12)), expected) and told == ["data_worker"] * 2
     finally:
         faces.close()
 

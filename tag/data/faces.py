@@ -73,9 +73,14 @@ class Faces:
         """Have the workers prepare what `tower` will have to encode of `indices`; it need not be asked for."""
         if self.pool is None:
             return
-        for i in dict.fromkeys(indices):
-            if i not in self.cache and i not in self.coming:
-                self.coming[i] = self.pool.submit(_prepare, self.paths[i])
+        wanted = [
+            i for i in dict.fromkeys(indices) if i not in self.cache and i not in self.coming and i not in self.bad
+        ]
+        try:
+            self.coming |= {i: self.pool.submit(_prepare, self.paths[i]) for i in wanted}
+        except BrokenProcessPool:
+            self._replace_workers()
+            self.coming |= {i: self.pool.submit(_prepare, self.paths[i]) for i in wanted}
 
     def readable(self, indices: Sequence[int]) -> list[int]:
         """The same indices, those of images that cannot be read replaced by the nearest later ones that can.
@@ -150,14 +155,7 @@ class Faces:
             return torch.from_numpy(self.coming.pop(index).result())
         except BrokenProcessPool:
             pass
-        lost = [i for i, f in self.coming.items() if not (f.done() and f.exception() is None)]
-        self.deaths += 1
-        if self.deaths > MAX_DEATHS:
-            raise DataError(f"data workers died {self.deaths} times, perhaps of too little memory; try --workers 0")
-        self.tell(
-            "data_worker", f"a data worker died, another takes its place ({1 + len(lost)} images asked for again)"
-        )
-        self._new_pool()
+        lost = self._replace_workers(then=False)
         try:
             return torch.from_numpy(self.pool.submit(_prepare, self.paths[index]).result())  # nothing else runs there
         except BrokenProcessPool:
@@ -166,6 +164,18 @@ class Faces:
             raise DataError(self.bad[index]) from None
         finally:
             self.coming |= {i: self.pool.submit(_prepare, self.paths[i]) for i in lost}
+
+    def _replace_workers(self, then: bool = True) -> list[int]:
+        """New workers; `then` all that the dead ones had not delivered is asked for again. The indices of that."""
+        lost = [i for i, f in self.coming.items() if not (f.done() and f.exception() is None)]
+        self.deaths += 1
+        if self.deaths > MAX_DEATHS:
+            raise DataError(f"data workers died {self.deaths} times, perhaps of too little memory; try --workers 0")
+        self.tell("data_worker", f"a data worker died, others take its place ({len(lost)} images asked for again)")
+        self._new_pool()
+        if then:
+            self.coming |= {i: self.pool.submit(_prepare, self.paths[i]) for i in lost}
+        return lost
 
     def _new_pool(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
@@ -202,7 +212,10 @@ def _start_worker(image_processor, parent: int) -> None:
     global _image_processor
     _image_processor = image_processor
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the loop's to handle; it ends the workers
+    # Signals are the loop's to handle; it ends the workers. torchrun signals whole process groups, Slurm all processes.
+    os.setpgrp()
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
