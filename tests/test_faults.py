@@ -106,6 +106,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_recorded(call, work, flags, mo
         assert record.meta["skipped"] is True and len(record.meta["faces"]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_too_many_in_a_row_end_the_run(call, work, flags, monkeypatch, script):
     """Three in a row by default, counted over a resumption; two are survived."""
@@ -218,6 +219,7 @@ def test_a_rank_of_sharded_weights_ends_and_the_next_run_has_smaller_passes(tmp_
     assert Passes(4000, tmp_path, ALONE, 0).micro_tokens == 2000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_that_runs_out_of_memory_goes_on(call, work, flags, monkeypatch, script):
     """The same adapter up to rounding; said once."""
@@ -247,8 +249,8 @@ def bad_image(work: Path, synth: Path, number: int = 3) -> tuple[Path, str]:
     return images, record.id
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.slow
+@pytest.mark.parametrize("script, workers", [("train_sft", 1), ("train_grpo", 0)])
 def test_a_bad_image_is_skipped_and_counted_if_asked(call, work, flags, synth, script, workers):
     images, name = bad_image(work, synth)
     more = {"image_root": images, "eval_faces": 0, "workers": workers, "save_every": 1}
@@ -292,7 +294,7 @@ def test_the_place_of_a_bad_image_is_the_same_for_everyone(synth, small, tmp_pat
 def test_a_data_worker_that_dies_is_replaced(synth, small):
     records = read_records(synth / "train.jsonl")
     expected = Faces(records, synth, small).tower(range(12))
-    faces = Faces(records, synth, small, workers=2)
+    faces = Faces(records, synth, small, workers=1)
     told = []
     faces.tell = lambda kind, text, **facts: told.append(kind)
     try:
@@ -345,8 +347,8 @@ def test_an_image_that_kills_its_reader_is_a_bad_image(synth, small, tmp_path):
 # ---------------------------------------------------------------- a full disk
 
 
-@pytest.mark.parametrize("where", ["checkpoint", "metrics"])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.slow
+@pytest.mark.parametrize("script, where", [("train_sft", "checkpoint"), ("train_grpo", "metrics")])
 def test_a_full_disk_stops_in_one_line_and_room_lets_it_go_on(call, work, flags, monkeypatch, script, where):
     more = {"eval_faces": 0, "save_every": 1}
     assert call(script, flags(script, out=work / "whole", **more))[0] == 0
