@@ -51,7 +51,7 @@ def workers(out: Path) -> dict[int, int]:
 def test_two_machines_a_killed_rank_and_a_signal(server, work, flags, tmp_path):
     """Hybrid sharding over two agents. A killed rank: all are started again by themselves and resume. SIGUSR1 to the
     agents: saved, and every process ends by itself. Gone on with, the result is that of an undisturbed run."""
-    more = {"epochs": 30, "save_every": 1, "eval_faces": 0, "device": "cpu", "shard": "hybrid"}
+    more = {"epochs": 20, "save_every": 1, "eval_faces": 0, "device": "cpu", "shard": "hybrid"}
     whole = server.run("train_sft", flags("train_sft", out=work / "whole", **more), 4, nodes=2)
     assert whole.codes == [0] * 4, whole.output[-3000:]
 
