@@ -28,8 +28,8 @@ def measure(server: ForkServer, argv: list[str], out: Path, world: int, every: i
     """One run that saves each `every` steps: what a save costs, in milliseconds and as a share of a step.
 
     in_loop: copying, naming and waiting, as the run itself counts it. slowed: how much longer the step right after a
-    save takes than those behind it (the writing thread needs the processor, too): the median, and low and high, its 95 %
-    interval by bootstrap.
+    save takes than those behind it (the writing thread needs the processor, too): the median, and low and high, its
+    95 % interval by bootstrap.
     """
     before = "tag.bench.saving_cost:wait_for_the_disk" if wait else None
     ended = server.run("train_sft", [*argv, "--save-every", str(every), "--out", str(out)], world, before=before)
