@@ -10,8 +10,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tag.data.faces import BAD_IMAGE
-from tag.dist import SHARDING
 from tag.errors import DataError, UsageError
 from tag.lock import LOCK
 
@@ -103,6 +101,9 @@ def add_running_flags(p: Parser, micro_tokens: int, save_every: int) -> Callable
 
     micro_tokens, save_every: the stage's defaults.
     """
+    from tag.data.faces import BAD_IMAGE
+    from tag.dist import SHARDING  # here, because torch takes seconds to import and most tools do without it
+
     a = p.add_argument_group("how it runs (never changes loss or gradient)").add_argument
     a("--micro-tokens", type=int, default=micro_tokens, help="tokens of one forward pass, per rank: the memory knob")
     a("--rollout-rows", type=int, default=64, help="rows that decode together, per rank, fewer if memory is short")

@@ -5,11 +5,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:  # torch takes seconds to import, and whoever only writes text does without it
+    from torch import Tensor
 
 _UMASK = os.umask(0)  # it can only be read by setting it, for all threads: once, before there are any
 os.umask(_UMASK)
@@ -32,8 +31,13 @@ def replacing(path: str | os.PathLike) -> Iterator[TextIO]:
         partial.unlink(missing_ok=True)
 
 
-def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | os.PathLike, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None
+) -> None:
     """A safetensors file, on the disk and readable by whoever may read the folder when this returns, or not there."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
