@@ -197,6 +197,25 @@ def test_out_of_memory_halves_the_passes_and_not_the_gradient(adapted, tower, tm
     assert Passes(3000, tmp_path, ALONE, adapted.pad_id).micro_tokens == 3000  # unless it asks for something else
 
 
+def test_what_was_accumulated_before_memory_ran_out_is_thrown_away(adapted, tower, tmp_path, monkeypatch):
+    """The third pass fails: the gradients of the first two must not count twice."""
+    groups = random_groups(adapted.prompt(), 6, 4, longest=30, images=3)
+    optimizer = torch.optim.SGD(trained_parameters(adapted).values(), lr=0.0)
+    whole = gradient_of(adapted, tower, groups, Passes(4000, tmp_path, ALONE, adapted.pad_id), optimizer)
+    original, calls = VLM.forward, []
+
+    def forward(self, batch, tower, projector=None):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("injected")
+        return original(self, batch, tower, projector)
+
+    monkeypatch.setattr(VLM, "forward", forward)
+    passes = Passes(400, tmp_path, ALONE, adapted.pad_id)
+    assert_same_gradients(gradient_of(adapted, tower, groups, passes, optimizer), whole)
+    assert len(calls) > 6 and passes.micro_tokens == 200
+
+
 def test_out_of_memory_under_the_reference(adapted, tower, tmp_path, monkeypatch):
     groups = random_groups(adapted.prompt(), 6, 4, images=3)
     passes = Passes(4000, tmp_path, ALONE, adapted.pad_id)
