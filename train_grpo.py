@@ -272,9 +272,7 @@ def train(args, here: dist.Dist) -> None:
                         if not counts:
                             (logprobs.sum() * 0.0).backward()
                             continue
-                        here_mask = batch.scatter(
-                            torch.ones_like(entropy), N, T
-                        )  # (N, T), the completions of this pass
+                        here_mask = batch.scatter(torch.ones_like(entropy), N, T)  # (N, T), what this pass scores
                         logprobs, entropy = batch.scatter(logprobs, N, T), batch.scatter(entropy, N, T)  # (N, T)
                         if update == 0:
                             old_logprobs = torch.where(here_mask.bool(), logprobs.detach(), old_logprobs)
