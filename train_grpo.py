@@ -21,7 +21,6 @@ docs/metrics.md for what is logged.
 """
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,31 +28,25 @@ import torch
 
 from tag import dist
 from tag.args import Parser, add_running_flags, check, claim_run_folder, run
-from tag.checkpoint import load_checkpoint, run_card, save_checkpoint
-from tag.data.batching import Group, collate, cut_to, plan_micro_batches, split_groups
+from tag.checkpoint import load_checkpoint, run_card, write_run_card
+from tag.data.batching import group_completions
 from tag.data.faces import Faces
 from tag.data.order import batch_indices, num_steps, rollout_seed
 from tag.data.records import read_records
 from tag.evaluation.held_out import HeldOut
-from tag.files import replacing
-from tag.gates import check_gradient, check_mismatch, check_ratio, check_reference, enforce, mismatch, pad_logprobs
+from tag.gates import check_mismatch, check_ratio, check_reference, enforce, mismatch, pad_logprobs
 from tag.grpo import KL_ESTIMATORS, LOSS_AVERAGES, RATIO_LEVELS, group_advantages, grpo_loss, loss_normaliser
+from tag.guard import Guard
 from tag.lora import copy_adapter, load_adapter, save_adapter, set_adapter, set_dropout, set_trainable
+from tag.passes import Passes
 from tag.plan.startup import check_memory
 from tag.presets import KL_REFERENCES, LOSS_PRESETS, describe
 from tag.record import completion_entry, completion_tensors, face_entry, save_record, snapshot
 from tag.rewards import AU_KINDS, audit, reward_means, score_completion
 from tag.rollout import RolloutEngine, kv_plan
 from tag.runlog import RunLog
-from tag.stepstats import RecordCost, StepStats, first_step_note
-from tag.trainable import (
-    LR_SCHEDULES,
-    adamw,
-    print_trainable,
-    scheduled_lr,
-    train_projector,
-    trained_parameters,
-)
+from tag.stepstats import RecordCost, StepStats, UpdateStats, first_step_note
+from tag.trainable import LR_SCHEDULES, adamw, print_trainable, scheduled_lr, train_projector, trained_parameters
 from tag.vlm import PROJECTOR, load_vlm
 
 PRESETS = {
@@ -170,7 +163,7 @@ def train(args, here: dist.Dist) -> None:
     optimizer = adamw(params, args.lr, args.weight_decay, fused=not args.no_fused_optimizer)
 
     prompt = vlm.prompt()
-    faces = Faces(records, image_root, vlm, args.cache_gb, args.workers)
+    faces = Faces(records, image_root, vlm, args.cache_gb, args.workers, args.on_bad_image)
     engine = RolloutEngine(
         vlm,
         args.rollout_rows,
@@ -187,13 +180,15 @@ def train(args, here: dist.Dist) -> None:
     held_out = HeldOut(validation, image_root, vlm, args, steps, here)
     plain = json.loads(json.dumps(vars(args), default=str))
     card = run_card("train_grpo.py", plain, world=here.world, steps=steps, objective=describe(plain))
+    guard = Guard(out, args, params, optimizer, here)  # the folder is this run's alone
+    passes = Passes(args.micro_tokens, out, here, vlm.pad_id, sharded, split=args.no_prefix_sharing)
+    faces.tell = passes.tell = guard.fault
     first_step = 0
     if resuming and (loaded := load_checkpoint(out, params, optimizer, here)):
         first_step, held_out.best = loaded["step"], loaded["best"]
+        guard.restore(loaded)
         here.print(f"resuming after step {first_step} of {steps}")
-    if here.is_main:
-        with replacing(out / "run.json") as f:
-            f.write(json.dumps(card, indent=2) + "\n")
+    write_run_card(out, card, here)
     here.print(
         f"{len(records)} faces, {steps} steps of {faces_per_step} faces x {G} completions, {here.world} process(es), "
         f"sharded: {sharded}"
@@ -208,7 +203,7 @@ def train(args, here: dist.Dist) -> None:
     # ---- the loop
     record_cost = RecordCost()
     last = min(steps, args.stop_after or steps)
-    for step in range(first_step, last):
+    for step in guard.steps(first_step, last, log):  # watched; SIGTERM and SIGUSR1 end it, saved
         clock = StepStats()
         recording = bool(args.record_every) and step % args.record_every == 0
         before = {}
@@ -217,14 +212,17 @@ def train(args, here: dist.Dist) -> None:
             clock.lap("record_seconds")
 
         # 1. Sample G completions per face with the current policy, merged into the rollout engine's own weights.
-        indices = share(step)
+        guard.at("images", [records[i].id for i in share(step)])
         waited = faces.wait_seconds
+        indices = faces.readable(share(step))
+        ids = [records[i].id for i in indices]
         tower = faces.tower(indices)  # (faces, patches, D), frozen
         waited = faces.wait_seconds - waited
         if step + 1 < last:
             faces.prefetch(share(step + 1))
         with torch.no_grad():
             features = vlm.project(tower)  # (faces, K, H)
+        guard.at("sample", ids)
         engine.refresh("policy")
         rollouts = engine.generate(
             [replace(prompt, image_features=f) for f in features],
@@ -233,8 +231,7 @@ def train(args, here: dist.Dist) -> None:
             temperature=args.temperature,
             max_new_tokens=args.max_new_tokens,
         )  # N = faces x G
-        sampled_logprobs, mask = pad_logprobs([r.logprobs for r in rollouts])  # (N, T), (N, T)
-        sampled_logprobs, mask = sampled_logprobs.to(here.device), mask.to(here.device)
+        sampled_logprobs, mask = pad_logprobs([r.logprobs for r in rollouts], here.device)  # (N, T), (N, T)
         N, T = mask.shape
         clock.lap("sample_seconds")
 
@@ -248,27 +245,14 @@ def train(args, here: dist.Dist) -> None:
         clock.lap("reward_seconds")
 
         # 3. Lay the groups out: prompt once, then its G completions, each seeing the prompt and itself.
-        groups = [
-            Group(prompt, b, [r.token_ids for r in rollouts[b * G : (b + 1) * G]], list(range(b * G, (b + 1) * G)))
-            for b in range(len(indices))
-        ]
-        if args.no_prefix_sharing:
-            groups = split_groups(groups)
-        micro_batches = plan_micro_batches(groups, args.micro_tokens)
-        passes = int(here.max(len(micro_batches)))  # ranks run equally many; one that can't repeats its first, weight 0
-        micro_batches = cut_to(micro_batches, passes)
-        batches = [collate(micro_batches[k % len(micro_batches)], vlm.pad_id).to(here.device) for k in range(passes)]
+        passes.plan(group_completions(prompt, [r.token_ids for r in rollouts], G))  # as many passes on every rank
 
         # 4. Score under the reference. No second model: the same base with the frozen adapter, or with none.
+        guard.at("reference")
         ref_logprobs = None
         if args.beta != 0 and args.kl_reference in ("sft", "base"):
             set_adapter(vlm.hf_model, "reference" if args.kl_reference == "sft" else None)
-            ref_logprobs = torch.zeros(N, T, device=here.device)  # (N, T)
-            with torch.no_grad():
-                for k, batch in enumerate(batches):
-                    logprobs, _ = vlm(batch, tower, projector=args.kl_reference)
-                    if k < len(micro_batches):
-                        ref_logprobs += batch.scatter(logprobs, N, T)
+            ref_logprobs = passes.score(vlm, tower, N, T, projector=args.kl_reference)  # (N, T)
             set_adapter(vlm.hf_model, "policy")
         clock.lap("reference_seconds")
 
@@ -279,37 +263,43 @@ def train(args, here: dist.Dist) -> None:
         old_logprobs = torch.zeros(N, T, device=here.device)  # (N, T)
         complaints: list[str] = []
         lr = scheduled_lr(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
+        guard.at("update")
         for update in range(args.updates_per_step):
-            stats = clock.new_update()
-            for k, batch in enumerate(batches):
-                dist.set_gradient_sync(vlm, k == passes - 1)  # reduce-scatter once, in the last backward
-                logprobs, entropy = vlm(batch, tower)  # (M,), (M,)
-                if k >= len(micro_batches):
-                    (logprobs.sum() * 0.0).backward()
-                    continue
-                here_mask = batch.scatter(torch.ones_like(entropy), N, T)  # (N, T), the completions of this pass
-                logprobs, entropy = batch.scatter(logprobs, N, T), batch.scatter(entropy, N, T)  # (N, T)
-                if update == 0:
-                    old_logprobs = torch.where(here_mask.bool(), logprobs.detach(), old_logprobs)
-                terms = grpo_loss(
-                    logprobs,
-                    old_logprobs,
-                    advantages,
-                    here_mask,
-                    ref_logprobs=old_logprobs if args.kl_reference == "old" else ref_logprobs,
-                    clip_eps=args.clip_eps,
-                    clip_eps_high=args.clip_eps_high,
-                    beta=args.beta,
-                    kl_estimator=args.kl_estimator,
-                    loss_average=args.loss_average,
-                    ratio_level=args.ratio_level,
-                    normaliser=normaliser,
-                )
-                terms.loss.backward()
-                stats.add(terms, here_mask, logprobs, entropy)
+            for batches in passes.attempts(optimizer):  # if memory runs out: again, in smaller passes
+                stats = UpdateStats()
+                with passes.catching():
+                    for k, (batch, counts) in enumerate(batches):
+                        dist.set_gradient_sync(vlm, k == len(batches) - 1)  # reduce-scatter once, in the last backward
+                        logprobs, entropy = vlm(batch, tower)  # (M,), (M,)
+                        if not counts:
+                            (logprobs.sum() * 0.0).backward()
+                            continue
+                        here_mask = batch.scatter(torch.ones_like(entropy), N, T)  # (N, T), what this pass scores
+                        logprobs, entropy = batch.scatter(logprobs, N, T), batch.scatter(entropy, N, T)  # (N, T)
+                        if update == 0:
+                            old_logprobs = torch.where(here_mask.bool(), logprobs.detach(), old_logprobs)
+                        terms = grpo_loss(
+                            logprobs,
+                            old_logprobs,
+                            advantages,
+                            here_mask,
+                            ref_logprobs=old_logprobs if args.kl_reference == "old" else ref_logprobs,
+                            clip_eps=args.clip_eps,
+                            clip_eps_high=args.clip_eps_high,
+                            beta=args.beta,
+                            kl_estimator=args.kl_estimator,
+                            loss_average=args.loss_average,
+                            ratio_level=args.ratio_level,
+                            normaliser=normaliser,
+                        )
+                        terms.loss.backward()
+                        stats.add(terms, here_mask, logprobs, entropy)
+            clock.updates.append(stats)
             dist.sum_replicated_gradients(list(params.values()), here)
 
             grad_norm = dist.clip_gradients(list(params.values()), args.clip_norm)
+
+            skipped = guard.skips(stats.sums["loss"], grad_norm, ids)  # loss or gradient not finite on some rank
 
             # Gates: what was sampled is what is trained, and nothing moved before the first update.
             if update == 0:
@@ -317,37 +307,43 @@ def train(args, here: dist.Dist) -> None:
                 checks = [check_mismatch(found, args.dtype), check_ratio(stats.ratio, mask)]
                 if step == 0 and args.kl_reference == "sft" and stats.kl is not None:
                     checks.append(check_reference(stats.kl, mask, args.dtype))
-                complaints = [c for rank in here.gather(checks) for c in rank if c]
-            if complaint := check_gradient(grad_norm):
-                complaints.append(complaint)
+                complaints = [] if skipped else [c for rank in here.gather(checks) for c in rank if c]
             if complaints and not args.waive_gates:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if math.isfinite(grad_norm):
+            if not skipped:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if skipped:
+                break
         clock.lap("update_seconds")
 
-        # 7. Record the step, on schedule and whenever a gate has tripped; then stop, or go on if gates are waived.
-        if recording or complaints:
+        # 7. Record the step, on schedule, when it was skipped, and when a gate has tripped; that stops the run unless
+        #    gates are waived.
+        guard.at("record")
+        if recording or complaints or skipped:
             if args.record_state and not before and update == 0 and not args.waive_gates:
                 before = snapshot(params, optimizer)  # stopped at the first inner update: nothing has moved yet
+            logprobs = {
+                "sampled_logprobs": sampled_logprobs,
+                "old_logprobs": old_logprobs,
+                "ref_logprobs": ref_logprobs,
+            }
+            outcome = {"complaints": complaints, "skipped": skipped, "loss": stats.sums, "grad_norm": grad_norm}
             save_record(
                 out,
-                card | {"step": step, "complaints": complaints, "loss": stats.sums, "grad_norm": grad_norm},
+                card | {"step": step} | outcome,
                 [face_entry(records[i], faces.paths[i]) for i in indices],
                 [completion_entry(r, w) for r, w in zip(rollouts, rewards)],
-                completion_tensors(prompt, rollouts, rewards, advantages)
-                | stats.tensors
-                | {"sampled_logprobs": sampled_logprobs, "old_logprobs": old_logprobs}
-                | ({} if ref_logprobs is None else {"ref_logprobs": ref_logprobs}),
+                completion_tensors(prompt, rollouts, rewards, advantages) | stats.tensors | logprobs,
                 before,
                 here,
                 args.record_budget_mb,
             )
             clock.lap("record_seconds")
         enforce(complaints, args.waive_gates, step, log.write, args.out)
+        guard.count_skipped(skipped)
 
         # 8. Log, evaluate, save.
         everyone = [r for rank in here.gather(rewards) for r in rank]  # groups stay whole
@@ -357,6 +353,7 @@ def train(args, here: dist.Dist) -> None:
             **clock.metrics(here),
             "record_share": record_cost.add(clock),
             "grad_norm": grad_norm,
+            "skipped": float(skipped),
             "lr": lr,
             "data_wait_seconds": waited,
             "epoch": (step + 1) * faces_per_step / len(records),
@@ -369,21 +366,20 @@ def train(args, here: dist.Dist) -> None:
         log.step(step, metrics, show=("reward", "reward_ans", "reward_au", "kl", "grad_norm"))
         if step == 0:
             log.write(first_step_note(metrics, args.loss_average, args.updates_per_step))
-        done = step + 1
+        done, improved = step + 1, False
         if held_out.due(done):
+            guard.at("evaluate")
             engine.refresh("policy")
             scores = held_out.evaluate(engine)
             log.event(step, scores)
-            if held_out.improved(scores):
+            if improved := held_out.improved(scores):
                 save_adapter(vlm.hf_model, out / "best", "policy", args.model, saved_modules, here.is_main)
-        if done == last or (args.save_every and done % args.save_every == 0):
-            save_checkpoint(
-                out, done, params, optimizer, card | {"best": held_out.best}, here, keep=args.keep_checkpoints
-            )
+        guard.border(done, card | {"best": held_out.best}, improved)  # all ranks agree: save? stop? (tag/guard.py)
 
     faces.close()
     save_adapter(vlm.hf_model, out / "adapter", "policy", args.model, saved_modules, here.is_main)
     log.close()
+    guard.close()
     here.print(record_cost)
     here.print(f"adapter: {out}/adapter" + (f", best on held-out faces: {out}/best" if validation else ""))
 

@@ -17,7 +17,6 @@ Run it again with the same flags to resume; see docs/metrics.md for what is logg
 """
 
 import json
-import math
 import time
 from pathlib import Path
 
@@ -25,14 +24,15 @@ import torch
 
 from tag import dist
 from tag.args import Parser, add_running_flags, check, claim_run_folder, run
-from tag.checkpoint import load_checkpoint, run_card, save_checkpoint
-from tag.data.batching import Group, collate, cut_to, plan_micro_batches
+from tag.checkpoint import load_checkpoint, run_card, write_run_card
+from tag.data.batching import Group
 from tag.data.faces import Faces
 from tag.data.order import batch_indices, num_steps
 from tag.data.records import read_records
 from tag.evaluation.held_out import HeldOut
-from tag.files import replacing
+from tag.guard import Guard
 from tag.lora import add_lora, load_adapter, save_adapter
+from tag.passes import Passes
 from tag.plan.startup import check_memory
 from tag.rollout import RolloutEngine
 from tag.runlog import RunLog
@@ -138,20 +138,22 @@ def train(args, here: dist.Dist) -> None:
         total <= args.context,
         f"record {records[longest].id!r} takes {total} tokens, more than --context {args.context}",
     )
-    faces = Faces(records, image_root, vlm, args.cache_gb, args.workers)
+    faces = Faces(records, image_root, vlm, args.cache_gb, args.workers, args.on_bad_image)
     engine = RolloutEngine(vlm, max_rows=args.rollout_rows, max_new_tokens=args.max_new_tokens)
 
     # ---- where we are ---------------------------------------------------------------------------------------------
     steps = num_steps(len(records), args.batch_size, args.epochs)
     held_out = HeldOut(validation, image_root, vlm, args, steps, here)
     card = run_card("train_sft.py", json.loads(json.dumps(vars(args), default=str)), world=here.world, steps=steps)
+    guard = Guard(args.out, args, params, optimizer, here)  # the folder is this run's alone
+    passes = Passes(args.micro_tokens, args.out, here, vlm.pad_id, sharded, pack=not args.no_pack)
+    faces.tell = passes.tell = guard.fault
     first_step = 0
     if resuming and (loaded := load_checkpoint(args.out, params, optimizer, here)):
         first_step, held_out.best = loaded["step"], loaded["best"]
+        guard.restore(loaded)
         here.print(f"resuming after step {first_step} of {steps}")
-    if here.is_main:
-        with replacing(Path(args.out) / "run.json") as f:
-            f.write(json.dumps(card, indent=2) + "\n")
+    write_run_card(args.out, card, here)
     here.print(
         f"{len(records)} records, {steps} steps of {args.batch_size}, {here.world} process(es), sharded: {sharded}"
     )
@@ -163,48 +165,48 @@ def train(args, here: dist.Dist) -> None:
 
     # ---- the loop -------------------------------------------------------------------------------------------------
     last = min(steps, args.stop_after or steps)
-    for step in range(first_step, last):
+    for step in guard.steps(first_step, last, log):  # watched; SIGTERM and SIGUSR1 end it, saved
         started = time.perf_counter()
         torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + here.rank)  # dropout
         vlm.train()
 
         # 1. This rank's share of the step's sequences, cut into forward passes by token budget.
-        indices = share(step)
+        guard.at("images", [records[i].id for i in share(step)])
         waited = faces.wait_seconds
+        indices = faces.readable(share(step))
+        ids = [records[i].id for i in indices]
         tower = faces.tower(indices)  # (B, patches, D), frozen
         waited = faces.wait_seconds - waited
         if step + 1 < last:  # its images are read, decoded and resized while this step computes
             faces.prefetch(share(step + 1))
         groups = [Group(prompt, b, [completions[i]], [b]) for b, i in enumerate(indices)]
-        micro_batches = plan_micro_batches(groups, args.micro_tokens, pack=not args.no_pack)
+        passes.plan(groups)  # equally many on all ranks (tag/passes.py)
 
         # 2. One normaliser for the whole step: completion tokens over all micro-batches and ranks.
         num_targets = sum(len(completions[i]) for i in indices)
         normaliser = float(here.sum(num_targets))
 
-        # 3. Forward and backward. Ranks must run equally many passes (FSDP2 gathers in each), so a rank with fewer
-        #    cuts its own smaller; one with fewer sequences than passes repeats its first with weight zero.
-        passes = int(here.max(len(micro_batches)))
-        micro_batches = cut_to(micro_batches, passes)
-        loss_sum, computed = torch.zeros((), device=here.device), 0
-        for k in range(passes):
-            weight = 1.0 if k < len(micro_batches) else 0.0
-            batch = collate(micro_batches[k if weight else 0], vlm.pad_id).to(here.device)
-            dist.set_gradient_sync(vlm, k == passes - 1)  # reduce-scatter once, in the last backward
-            logprobs, _ = vlm(batch, tower)  # (M,)
-            loss = -weight * logprobs.sum() / normaliser
-            loss.backward()
-            loss_sum += loss.detach()
-            computed += batch.num_tokens
+        # 3. Forward and backward. If memory runs out, again in smaller passes.
+        guard.at("passes")
+        for batches in passes.attempts(optimizer):
+            loss_sum, computed = torch.zeros((), device=here.device), 0
+            with passes.catching():
+                for k, (batch, counts) in enumerate(batches):
+                    dist.set_gradient_sync(vlm, k == len(batches) - 1)  # reduce-scatter once, in the last backward
+                    logprobs, _ = vlm(batch, tower)  # (M,)
+                    loss = -(1.0 if counts else 0.0) * logprobs.sum() / normaliser
+                    loss.backward()
+                    loss_sum += loss.detach()
+                    computed += batch.num_tokens
         dist.sum_replicated_gradients(list(params.values()), here)
 
-        # 4. Update.
+        # 4. Update, unless the loss or the gradient is not finite on some rank.
         grad_norm = dist.clip_gradients(list(params.values()), args.clip_norm)
         lr = scheduled_lr(step, steps, args.lr, max(1, round(args.warmup * steps)), "cosine")
         for group in optimizer.param_groups:
             group["lr"] = lr
-        check(math.isfinite(grad_norm), f"step {step}: the gradient is not finite; the last checkpoint is untouched")
-        optimizer.step()
+        if not (skipped := guard.skips(float(loss_sum), grad_norm, ids)):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # 5. Log, evaluate, save.
@@ -212,6 +214,7 @@ def train(args, here: dist.Dist) -> None:
         metrics = {
             "loss": float(here.sum(loss_sum)),
             "grad_norm": grad_norm,
+            "skipped": float(skipped),
             "lr": lr,
             "epoch": (step + 1) * args.batch_size / len(records),
             "tokens": normaliser,
@@ -221,22 +224,22 @@ def train(args, here: dist.Dist) -> None:
             "tokens_per_second": normaliser / seconds,
         }
         log.step(step, metrics, show=("loss", "grad_norm", "tokens_per_second"))
-        done = step + 1
+        guard.count_skipped(skipped)
+        done, improved = step + 1, False
         if held_out.due(done):
+            guard.at("evaluate")
             vlm.eval()
             engine.refresh("policy")
             scores = held_out.evaluate(engine)
             log.event(step, scores)
-            if held_out.improved(scores):
+            if improved := held_out.improved(scores):
                 save_adapter(vlm.hf_model, Path(args.out) / "best", "policy", args.model, saved_modules, here.is_main)
-        if done == last or (args.save_every and done % args.save_every == 0):
-            save_checkpoint(
-                args.out, done, params, optimizer, card | {"best": held_out.best}, here, keep=args.keep_checkpoints
-            )
+        guard.border(done, card | {"best": held_out.best}, improved)  # all ranks agree: save? stop? (tag/guard.py)
 
     faces.close()
     save_adapter(vlm.hf_model, Path(args.out) / "adapter", "policy", args.model, saved_modules, here.is_main)
     log.close()
+    guard.close()
     here.print(f"adapter: {args.out}/adapter" + (f", best on held-out faces: {args.out}/best" if validation else ""))
 
 

@@ -1,6 +1,7 @@
 """What the command lines share: presets, one-line errors with exit code 2, and the run folder's identity."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tag.errors import DataError, UsageError
+from tag.lock import LOCK
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,13 +57,23 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 def run(main: Callable[[], None]) -> None:
     """Call a script's main; bad usage or input becomes one line on stderr and exit code 2."""
-    try:
-        main()
-    except (UsageError, DataError) as e:
+
+    def say(text: str) -> None:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"[rank {rank}] "
         # Through tqdm: on a terminal a progress bar may stand on the current line.
-        tqdm.write(f"{where}error: {' '.join(str(e).split())}", file=sys.stderr)
+        tqdm.write(f"{where}error: {' '.join(text.split())}", file=sys.stderr)
+
+    try:
+        main()
+    except (UsageError, DataError) as e:
+        say(str(e))
+        sys.exit(2)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        where = e.filename or "an output file"
+        say(f"{e.strerror}: {where}; the checkpoints are whole: make room, then repeat the same command")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -79,6 +91,7 @@ RUNTIME_FLAGS = frozenset(
     {"preset", "out", "micro_tokens", "device", "threads", "save_every", "keep_checkpoints", "rollout_rows"}
     | {"activation_checkpointing", "kv_gb", "cuda_graphs", "compile", "workers", "no_fused_optimizer"}
     | {"dense_attention", "no_memory_check"}
+    | {"save_minutes", "max_skipped", "slow_minutes", "hang_minutes", "on_bad_image"}
     | {"shard", "stop_after", "cache_gb", "record_every", "record_state", "record_budget_mb", "waive_gates"}
 )
 
@@ -88,6 +101,7 @@ def add_running_flags(p: Parser, micro_tokens: int, save_every: int) -> Callable
 
     micro_tokens, save_every: the stage's defaults.
     """
+    from tag.data.faces import BAD_IMAGE
     from tag.dist import SHARDING  # here, because torch takes seconds to import and most tools do without it
 
     a = p.add_argument_group("how it runs (never changes loss or gradient)").add_argument
@@ -103,9 +117,33 @@ def add_running_flags(p: Parser, micro_tokens: int, save_every: int) -> Callable
     a("--workers", type=int, default=2, help="processes that prepare the next images, per rank; 0 = the loop does")
     a("--cache-gb", type=float, default=4.0, help="memory for frozen vision features, per rank")
     a("--save-every", type=int, default=save_every, help="steps between checkpoints, 0 = only at the end")
-    a("--keep-checkpoints", type=int, default=2)
+    a("--save-minutes", type=float, default=30.0, help="minutes between checkpoints, besides --save-every; 0 = none")
+    a("--keep-checkpoints", type=int, default=2, help="how many of the newest stay, besides that of the best score")
     a("--stop-after", type=int, default=0, help="stop after this many steps of this run's total, checkpoint kept")
+    b = p.add_argument_group("when something goes wrong (docs/reliability.md)").add_argument
+    b(
+        "--on-bad-image",
+        choices=BAD_IMAGE,
+        default="stop",
+        help="skip: the next record takes its place, and it is counted",
+    )
+    b(
+        "--max-skipped",
+        type=int,
+        default=3,
+        help="stop after this many steps in a row with a loss or gradient not finite",
+    )
+    b("--slow-minutes", type=float, default=5.0, help="name the rank that is waited for after this long; 0 = never")
+    b(
+        "--hang-minutes",
+        type=float,
+        default=30.0,
+        help="end the run (exit code 3) after this long in a stage; 0 = never",
+    )
     return a
+
+
+BEFORE_THE_CARD = (LOCK, "heartbeat")  # what a run killed at its very beginning leaves
 
 
 def claim_run_folder(out: str | os.PathLike, script: str, args: argparse.Namespace, is_main: bool) -> bool:
@@ -118,7 +156,7 @@ def claim_run_folder(out: str | os.PathLike, script: str, args: argparse.Namespa
     card = out / "run.json"
     mine = json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in RUNTIME_FLAGS}, default=str))
     if not card.is_file():
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and any(entry.name not in BEFORE_THE_CARD for entry in out.iterdir()):
             raise UsageError(f"{out} is not empty and holds no run of ours; choose another --out")
         return False  # the folder is made with its first file, when everything else has been found to be in order
     try:

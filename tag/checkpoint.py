@@ -2,12 +2,16 @@
 
     OUT/checkpoints/step-000120/
         rank-00000.safetensors ...   each rank's own rows of every tensor (FSDP2 shards dimension 0)
-        checkpoint.json              step, arguments, versions, git hash, and for every file its size and sha256
+        checkpoint.json              the card: step, arguments, versions, git hash; for every file its size and sha256;
+                                     and the sha256 of all that
 
 All randomness of a run is a function of (seed, step, sample), so no generator state needs saving. A checkpoint is
 written beside its final name and renamed: it is there whole or not at all. A damaged one is named loudly and the one
 before it is used. Loading reads the rows each rank needs from whatever files hold them, so the number of ranks may
 change.
+
+Saving has three parts, so that a loop need not wait for the disk (tag/saving.py): `own_share` copies, `write_share`
+writes and may run in a thread, `commit` gives the whole its name.
 """
 
 import hashlib
@@ -25,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from tag.dist import Dist
 from tag.errors import DataError
-from tag.files import write_tensors
+from tag.files import replacing, sync_folder, write_tensors
 
 CARD = "checkpoint.json"
 
@@ -46,24 +50,14 @@ def trained_state(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimi
     return state
 
 
-def save_checkpoint(
-    out: str | os.PathLike,
-    step: int,
-    params: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    card: dict,
-    here: Dist,
-    keep: int = 2,
-) -> None:
-    """Write the checkpoint after `step` finished optimizer steps and drop all but the newest `keep`. All ranks call."""
-    folder = Path(out) / "checkpoints"
-    final, partial = folder / f"step-{step:06d}", folder / f"step-{step:06d}.partial"
-    if here.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    here.barrier()
+def own_share(
+    params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, here: Dist, into: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict]:
+    """Copies on the CPU of the rows that this rank writes, by name, and {name: {first row, full shape}}.
 
-    mine, layout = {}, {}
+    into: copies of an earlier call, whose memory is used again.
+    """
+    mine, layout, into = {}, {}, into or {}
     for name, tensor in trained_state(params, optimizer).items():
         start, rows = _own_rows(tensor)
         if isinstance(tensor, DTensor):
@@ -73,23 +67,68 @@ def save_checkpoint(
         elif not here.is_main:
             continue
         if rows.numel() or rows.ndim == 0:
-            mine[name] = rows
+            mine[name] = into[name].copy_(rows) if name in into else rows.to("cpu", copy=True).contiguous()
             layout[name] = {"start": start, "shape": list(tensor.shape)}
-    file = partial / f"rank-{here.rank:05d}.safetensors"
-    write_tensors(file, mine, {"layout": json.dumps(layout)})
-    files = here.gather({"name": file.name, "bytes": file.stat().st_size, "sha256": _sha256(file)})
+    return mine, layout
 
-    if here.is_main:
-        moments = next((s for s in optimizer.state.values() if "step" in s), {"step": 0})
-        text = json.dumps(card | {"step": step, "optimizer_step": int(moments["step"]), "files": files}, indent=2)
-        (partial / CARD).write_text(text + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        # Later ones can only be damaged ones, passed over when this run was resumed: they must not push sound ones out.
-        so_far = [f for f in sorted(folder.glob("step-??????")) if f.name <= final.name]
-        for old in so_far[: -max(keep, 1)]:
+
+def partial_folder(out: str | os.PathLike, step: int) -> Path:
+    """Where the files of a checkpoint stand until `commit`."""
+    return Path(out) / "checkpoints" / f"step-{step:06d}.partial"
+
+
+def write_share(folder: Path, rank: int, mine: dict[str, Tensor], layout: dict) -> dict:
+    """Write what `own_share` copied; the file's entry in the card. No collective: safe in a thread."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"rank-{rank:05d}.safetensors"
+    write_tensors(file, mine, {"layout": json.dumps(layout)})
+    return {"name": file.name, "bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def commit(
+    out: str | os.PathLike, step: int, files: list[dict], card: dict, keep: int = 2, pinned: int | None = None
+) -> None:
+    """Give the written files their card and their name; drop all checkpoints but the newest `keep` and that of step
+    `pinned`. The main process calls, when all shares are written."""
+    partial = partial_folder(out, step)
+    final = partial.with_suffix("")
+    with open(partial / CARD, "w", encoding="utf-8") as f:
+        f.write(json.dumps(_sealed(card | {"step": step, "files": files}), indent=2) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    sync_folder(final.parent)
+    # Later ones can only be damaged ones, passed over when this run was resumed: they must not push sound ones out.
+    so_far = [f for f in sorted(final.parent.glob("step-??????")) if f.name <= final.name]
+    for old in so_far[: -max(keep, 1)]:
+        if old.name != f"step-{pinned or 0:06d}":
             shutil.rmtree(old)
+
+
+def save_checkpoint(
+    out: str | os.PathLike,
+    step: int,
+    params: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    card: dict,
+    here: Dist,
+    keep: int = 2,
+) -> None:
+    """Write the checkpoint after `step` finished optimizer steps, waiting for the disk. All ranks call."""
+    partial = partial_folder(out, step)
+    if here.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
     here.barrier()
+    files = here.gather(write_share(partial, here.rank, *own_share(params, optimizer, here)))
+    if here.is_main:
+        commit(out, step, files, card | {"optimizer_step": optimizer_step(optimizer)}, keep)
+    here.barrier()
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer) -> int:
+    """How many updates AdamW has made: fewer than the run's steps if some were skipped."""
+    return int(next((s["step"] for s in optimizer.state.values() if "step" in s), 0))
 
 
 def load_checkpoint(
@@ -128,6 +167,13 @@ def run_card(script: str, args: dict, **more: object) -> dict:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
     versions["transformers"] = transformers.__version__
     return {"script": script, "args": args, "versions": versions, "commit": _commit(), **more}
+
+
+def write_run_card(out: str | os.PathLike, card: dict, here: Dist) -> None:
+    """OUT/run.json; the main process writes."""
+    if here.is_main:
+        with replacing(Path(out) / "run.json") as f:
+            f.write(json.dumps(card, indent=2) + "\n")
 
 
 def _commit() -> str:
@@ -170,6 +216,8 @@ def _newest_sound(folder: Path, here: Dist) -> tuple[str, dict] | None:
     for candidate in sorted(folder.glob("step-??????"), reverse=True):
         try:
             card = json.loads((candidate / CARD).read_text())
+            if "seal" in card and _sealed(card) != card:  # checkpoints of earlier versions have none
+                raise ValueError(f"{CARD} is damaged")
             for entry in card["files"]:
                 file = candidate / Path(entry["name"]).name
                 if file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
@@ -179,6 +227,12 @@ def _newest_sound(folder: Path, here: Dist) -> tuple[str, dict] | None:
         except (OSError, ValueError, KeyError, TypeError) as e:
             here.print(f"WARNING: {candidate} cannot be used ({e}); trying the checkpoint before it")
     return None
+
+
+def _sealed(card: dict) -> dict:
+    """The card with the hash of all the rest of it."""
+    rest = {k: v for k, v in card.items() if k != "seal"}
+    return rest | {"seal": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def _sha256(path: Path) -> str:

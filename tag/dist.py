@@ -85,8 +85,23 @@ def setup(device: str = "auto", threads: int = 0) -> Dist:
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         # A first step may compile kernels and fill caches on one rank long before the others.
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(minutes=15))
+        patience = timedelta(minutes=15)
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=patience, store=_attempt_store(patience))
     return Dist(rank, world, chosen)
+
+
+def _attempt_store(timeout: timedelta) -> dist.Store | None:
+    """Where the processes find one another; None is PyTorch's choice.
+
+    torchrun's agent keeps one store over restarts (--max-restarts), in which a process that is quick finds the address
+    of one that has been killed ("Gloo connectFullMesh failed ... Connection refused"). So each attempt has its own
+    names there.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def cleanup() -> None:

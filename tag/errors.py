@@ -7,3 +7,7 @@ class DataError(ValueError):
 
 class UsageError(ValueError):
     """A wrong flag or folder; the message is one line that says what, where and what to do."""
+
+
+class DiskError(UsageError):
+    """What has to be written cannot be; the message is one line that says what, where and what to do."""

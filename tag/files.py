@@ -1,6 +1,7 @@
 """Writing files so that a reader never sees half of one."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:  # torch takes seconds to import, and whoever only writes text does without it
     from torch import Tensor
+
+_UMASK = os.umask(0)  # it can only be read by setting it, for all threads: once, before there are any
+os.umask(_UMASK)
 
 
 @contextmanager
@@ -31,14 +35,30 @@ def write_tensors(
     path: str | os.PathLike, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None
 ) -> None:
     """A safetensors file, on the disk and readable by whoever may read the folder when this returns, or not there."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, metadata)
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(partial, 0o666 & ~umask)  # safetensors makes it readable by its owner alone
-    with open(partial, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, metadata)
+        os.chmod(partial, 0o666 & ~_UMASK)  # safetensors makes it readable by its owner alone
+        with open(partial, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except SafetensorError as e:  # how it reports what the system says, a full disk for example
+        number = re.search(r"\(os error (\d+)\)", str(e))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    finally:
+        partial.unlink(missing_ok=True)  # a full disk needs the room
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """What was renamed in `folder` outlives a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

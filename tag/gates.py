@@ -109,7 +109,7 @@ def enforce(complaints: list[str], waived: bool, step: int, write: Callable[[str
         write(f"WARNING (gates waived), step {step}: {complaint}")
 
 
-def pad_logprobs(values: list[Tensor | list[float]]) -> tuple[Tensor, Tensor]:
+def pad_logprobs(values: list[Tensor | list[float]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Per-token values of N completions -> (N, T) padded with 0, and the completion mask (N, T) bool."""
     T = max(len(v) for v in values)
     padded = torch.zeros(len(values), T)
@@ -117,4 +117,4 @@ def pad_logprobs(values: list[Tensor | list[float]]) -> tuple[Tensor, Tensor]:
     for n, v in enumerate(values):
         padded[n, : len(v)] = torch.as_tensor(v, dtype=torch.float32)
         mask[n, : len(v)] = True
-    return padded, mask
+    return padded.to(device), mask.to(device)

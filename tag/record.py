@@ -114,17 +114,22 @@ def save_record(
     meta: dict,
     faces: list[dict],
     completions: list[dict],
-    tensors: dict[str, Tensor],
+    tensors: dict[str, Tensor | None],
     state: dict[str, Tensor],
     here: Dist,
     budget_mb: float = 1024.0,
 ) -> Path | None:
     """Gather every rank's share and write OUT/records/step-XXXXXX; all ranks call. Returns the folder (main process).
 
-    meta must hold `step` and `args`. tensors: this rank's, per-token ones (N, T), per-completion ones (N, ...).
+    meta must hold `step` and `args`. tensors: this rank's, per-token ones (N, T), per-completion ones (N, ...); None
+    for what this run does not have (ref_logprobs without a reference).
     """
     shares = here.gather(
-        {"faces": faces, "completions": completions, "tensors": {k: v.cpu() for k, v in tensors.items()}}
+        {
+            "faces": faces,
+            "completions": completions,
+            "tensors": {k: v.cpu() for k, v in tensors.items() if v is not None},
+        }
     )
     if not here.is_main:
         return None

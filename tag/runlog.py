@@ -1,6 +1,10 @@
-"""Metrics of a run: `metrics.jsonl` (one line a step), the same to TensorBoard if it is installed, and the console."""
+"""Metrics of a run: `metrics.jsonl` (one line a step), the same to TensorBoard if it is installed, and the console.
+
+`faults.jsonl` has what the run survived, one line each: step, kind, rank, text.
+"""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -22,10 +26,11 @@ class RunLog:
             return
         self.out = out = Path(out)
         path = out / "metrics.jsonl"
-        if path.is_file():  # a resumed run rewrites the steps after its checkpoint
-            kept = _lines_before(path, start)
-            with replacing(path) as f:
-                f.writelines(kept)
+        for of_run in (path, out / "faults.jsonl"):
+            if of_run.is_file():  # a resumed run rewrites the steps after its checkpoint
+                kept = _lines_before(of_run, start)
+                with replacing(of_run) as f:
+                    f.writelines(kept)
         self.file = open(path, "a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -58,6 +63,14 @@ class RunLog:
             shown = ", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if isinstance(v, float))
             self.write(f"step {step + 1}: {shown}")
 
+    def fault(self, step: int, fault: dict) -> None:
+        """Something that the run has survived: kind, rank, text and whatever belongs to it. Said, and kept."""
+        if self.is_main:
+            with open(self.out / "faults.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps({"step": step, **fault}) + "\n")
+            where = f", rank {fault['rank']}" if fault["rank"] else ""
+            self.write(f"WARNING: step {step + 1}{where}: {fault['kind']}: {fault['text']}")
+
     def write(self, text: str) -> None:
         """A line above the progress bar."""
         if self.is_main:
@@ -70,7 +83,9 @@ class RunLog:
                 thing.close()
 
     def _write(self, step: int, metrics: dict) -> None:
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        # JSON has no NaN: a step that was skipped for one has null there.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")
         self.file.flush()
         if self.board is not None:
             for name, value in metrics.items():

@@ -1,11 +1,14 @@
 """Fixtures shared by the tests; what they are built from stands in helpers.py."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import add_random_lora, make_vlm, random_faces
 
+from tag.bench.forks import ForkServer
 from tag.data.records import write_records
 from tag.lora import save_adapter
 from tag.synth.dataset import write_dataset
@@ -75,3 +78,41 @@ def small_adapter(tmp_path_factory: pytest.TempPathFactory, small_folder: Path) 
             param.add_(0.1 * torch.randn_like(param))
     save_adapter(vlm.hf_model, folder, base_model=str(small_folder), modules_to_save=(PROJECTOR,))
     return folder
+
+
+@pytest.fixture
+def work(tmp_path, synth) -> Path:
+    """A folder of one's own with a copy of the data set's records; the images stay where they are."""
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val"):
+        shutil.copyfile(synth / f"{split}.jsonl", tmp_path / "data" / f"{split}.jsonl")
+    return tmp_path
+
+
+@pytest.fixture
+def flags(work, synth, small_folder, small_adapter):
+    """Flags of a short run of a script on the random model, as a function of its name and the flags that differ."""
+
+    def of(script: str, **changed: object) -> list[str]:
+        chosen: dict = {"model": small_folder, "dtype": "float32", "image_root": synth, "out": work / "out"}
+        chosen |= {"data": work / "data" / "val.jsonl" if script == "eval" else work / "data", "max_new_tokens": 8}
+        if script == "train_sft":
+            chosen |= {"batch_size": 4, "epochs": 1, "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "lr": 1e-2}
+            chosen |= {"eval_faces": 4, "eval_every": 2}
+        if script == "train_grpo":
+            chosen |= {"adapter": small_adapter, "group_size": 2, "rollouts_per_step": 8, "max_steps": 3, "lr": 1e-3}
+            chosen |= {"eval_faces": 4, "eval_every": 2}
+        if script == "eval":
+            chosen |= {"adapter": small_adapter, "report_faces": 2}
+        chosen |= changed
+        words = [(f"--{k.replace('_', '-')}", v) for k, v in chosen.items() if v is not None]
+        return [str(w) for flag, v in words for w in ((flag,) if v is True else (flag, v))]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Runs the training scripts in processes that can be killed."""
+    with ForkServer(tmp_path_factory.mktemp("logs"), paths=[Path(__file__).parent]) as server:
+        yield server

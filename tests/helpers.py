@@ -1,7 +1,9 @@
 """What several test files build or do: small models, random completions and faces, several processes."""
 
+import hashlib
 import importlib
 import importlib.util
+import json
 import os
 import signal
 import socket
@@ -122,6 +124,24 @@ def gradients(params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     for param in params.values():
         param.grad = None
     return copies
+
+
+# ---- what a run leaves -------------------------------------------------------------------------------------------
+
+TIMING = ("_seconds", "tokens_per_second", "record_share")
+
+
+def metrics(out: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith(TIMING)} for line in lines]
+
+
+def result(out: Path) -> dict[str, str]:
+    """Hashes of what a run leaves for others: adapters and the tensors of its step records."""
+    wanted = [*out.glob("adapter/*"), *out.glob("best/*"), *out.glob("records/*/tensors.safetensors")]
+    assert wanted
+    return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in wanted}
 
 
 # ---- several processes ------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ("train_sft.py", "train_grpo.py", "eval.py")
 TOOLS = sorted(f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py"))
-FOREIGN_FLAGS = {"--nproc-per-node"}  # of torchrun
+FOREIGN_FLAGS = {"--nproc-per-node", "--max-restarts"}  # of torchrun
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -183,8 +183,9 @@ def test_every_command_is_accepted(page):
 def test_every_flag_is_read(script):
     args = parser(script)(["--data", "x", "--out", "y", "--adapter", "z"])
     source = (ROOT / script).read_text()
-    if "HeldOut(" in source:  # is handed all arguments
-        source += (ROOT / "tag/evaluation/held_out.py").read_text()
+    for part, file in (("HeldOut(", "tag/evaluation/held_out.py"), ("Guard(", "tag/guard.py")):
+        if part in source:  # is handed all arguments
+            source += (ROOT / file).read_text()
     if "check_memory(" in source:  # as well; whether to refuse is for it alone to know
         lines = (ROOT / "tag/plan/startup.py").read_text().splitlines()
         source += next(line for line in lines if "args.no_memory_check" in line)

@@ -61,7 +61,56 @@ NAMES = {
 
 
 def test_all_recipes_are_tested():
-    assert {p.name for p in RECIPES.iterdir()} == set(NAMES)
+    assert {p.name for p in RECIPES.iterdir()} == {*NAMES, "nodes.sh", "slurm.sh"}
+
+
+NODES = {"NODES": "3", "HEAD": "node1:29400", "JOB": "tag-7b"}
+
+
+def test_several_machines(torchrun):
+    """Torchrun's own flags are ones it has; the script's are the script's, and one given last wins."""
+    given = ["train_grpo.py", "--data", "some data", "--adapter", "a", "--out", "runs/x"]
+    done = shell(RECIPES / "nodes.sh", *given, path=torchrun, **NODES, GPUS="8", RESTARTS="5")
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    from torch.distributed.run import parse_args
+
+    asked = parse_args(words)
+    assert (asked.nnodes, asked.nproc_per_node, asked.max_restarts) == ("3", "8", 5)
+    assert (asked.rdzv_backend, asked.rdzv_endpoint, asked.rdzv_id) == ("c10d", "node1:29400", "tag-7b")
+    assert "SIGUSR1" in asked.signals_to_handle and asked.shutdown_timeout == 120
+    args = train_grpo.parse_args(asked.training_script_args)
+    assert Path(asked.training_script) == ROOT / "train_grpo.py"
+    assert (args.shard, args.data, args.out) == ("hybrid", "some data", "runs/x")
+    done = shell(RECIPES / "nodes.sh", *given, "--shard", "full", path=torchrun, **NODES)
+    assert train_grpo.parse_args(parse_args(done.stdout.splitlines()).training_script_args).shard == "full"
+    for variable in NODES:
+        done = shell(RECIPES / "nodes.sh", *given, path=torchrun, **{k: v for k, v in NODES.items() if k != variable})
+        assert done.returncode != 0 and f"{variable}: is not set" in done.stderr
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_slurm(tmp_path, stopped):
+    """srun starts nodes.sh on all machines; a run that was stopped goes back into the queue, a finished one not."""
+    program(tmp_path, "srun", 'shift; printf "%s\\n" "$NODES" "$HEAD" "$JOB" "$GPUS" "$@"')
+    program(tmp_path, "scontrol", '[ "$1" != show ] || echo node7; [ "$1" != requeue ] || echo "requeued $2"')
+    out = tmp_path / "run"
+    out.mkdir()
+    if stopped:
+        (out / "stopped.json").write_text("{}")
+    slurm = {
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
+    given = ["train_sft.py", "--data", "d", "--out", str(out)]
+    done = shell(RECIPES / "slurm.sh", *given, path=tmp_path, **slurm)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:4] == ["2", "node7:20077", "tag-77", "4"]
+    assert lines[4:6] == ["bash", str(RECIPES / "nodes.sh")] and lines[6 : 6 + len(given)] == given
+    assert ("requeued 77" in lines) is stopped
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,51 +15,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from forks import ForkServer, reward_of_text
-from helpers import add_random_lora
+from helpers import add_random_lora, metrics, result
 
 import eval as eval_script
 import train_grpo
 import train_sft
 from tag.args import run
+from tag.bench.forks import reward_of_text
 from tag.data.records import read_records
 from tag.lora import save_adapter
 from tag.vlm import load_vlm
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train_sft": train_sft, "train_grpo": train_grpo, "eval": eval_script}
-TIMING = ("_seconds", "tokens_per_second", "record_share")
-
-
-@pytest.fixture
-def work(tmp_path, synth) -> Path:
-    """A folder of one's own with a copy of the data set's records; the images stay where they are."""
-    (tmp_path / "data").mkdir()
-    for split in ("train", "val"):
-        shutil.copyfile(synth / f"{split}.jsonl", tmp_path / "data" / f"{split}.jsonl")
-    return tmp_path
-
-
-@pytest.fixture
-def flags(work, synth, small_folder, small_adapter):
-    """Flags of a short run of a script on the random model, as a function of its name and the flags that differ."""
-
-    def of(script: str, **changed: object) -> list[str]:
-        chosen: dict = {"model": small_folder, "dtype": "float32", "image_root": synth, "out": work / "out"}
-        chosen |= {"data": work / "data" / "val.jsonl" if script == "eval" else work / "data", "max_new_tokens": 8}
-        if script == "train_sft":
-            chosen |= {"batch_size": 4, "epochs": 1, "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "lr": 1e-2}
-            chosen |= {"eval_faces": 4, "eval_every": 2}
-        if script == "train_grpo":
-            chosen |= {"adapter": small_adapter, "group_size": 2, "rollouts_per_step": 8, "max_steps": 3, "lr": 1e-3}
-            chosen |= {"eval_faces": 4, "eval_every": 2}
-        if script == "eval":
-            chosen |= {"adapter": small_adapter, "report_faces": 2}
-        chosen |= changed
-        words = [(f"--{k.replace('_', '-')}", v) for k, v in chosen.items() if v is not None]
-        return [str(w) for flag, v in words for w in ((flag,) if v is True else (flag, v))]
-
-    return of
 
 
 @pytest.fixture
@@ -92,19 +60,6 @@ def refused(call, work: Path, script: str, argv: list[str]) -> str:
     assert len(err.splitlines()) == 1 and err.startswith("error: ") and "Traceback" not in err
     assert tree(work) == before
     return err
-
-
-def metrics(out: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.endswith(TIMING)} for line in lines]
-
-
-def result(out: Path) -> dict[str, str]:
-    """Hashes of what a run leaves for others: adapters and the tensors of its step records."""
-    wanted = [*out.glob("adapter/*"), *out.glob("best/*"), *out.glob("records/*/tensors.safetensors")]
-    assert wanted
-    return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in wanted}
 
 
 # ---------------------------------------------------------------- bad input
@@ -258,7 +213,11 @@ def test_sft_end_to_end(call, work, flags):
     assert [line["step"] for line in steps] == [0, 1, 2] and [x["step"] for x in lines if "val_accuracy" in x] == [1, 2]
     assert {k for line in lines for k in line} - {"step"} <= documented()
     assert steps[2]["loss"] < steps[0]["loss"]
-    assert {p.name for p in (work / "out" / "checkpoints").iterdir()} == {"step-000003"}
+    card = json.loads((work / "out" / "checkpoints" / "step-000003" / "checkpoint.json").read_text())
+    best = [x["step"] + 1 for x in lines if "val_accuracy" in x and x["val_accuracy"] + x["val_au_iou"] == card["best"]]
+    assert card["best_step"] == best[0]  # the last one, and that of the best score
+    assert {p.name for p in (work / "out" / "checkpoints").iterdir()} == {f"step-{best[0]:06d}", "step-000003"}
+    assert not (work / "out" / "lock.json").exists() and not list((work / "out" / "heartbeat").iterdir())
     assert (work / "out" / "adapter" / "adapter_model.safetensors").is_file()
     assert (work / "out" / "best" / "adapter_config.json").is_file()
     assert not list((work / "out").rglob("*.partial"))
@@ -325,13 +284,6 @@ def test_stop_after(call, work, flags, script, monkeypatch):
 # ---------------------------------------------------------------- killed and resumed
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Runs the training scripts in processes that can be killed."""
-    with ForkServer(tmp_path_factory.mktemp("logs")) as server:
-        yield server
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("script", TRAIN)
@@ -341,17 +293,17 @@ def test_killed_at_random_moments_it_is_the_same_run(server, work, flags, script
     more |= {"save_every": 1, "device": "cpu"}
     whole = server.run(script, flags(script, out=work / "whole", **more), world)
     assert whole.codes == [0] * world, whole.output[-3000:]
-    moments = random.Random(f"{script} {world}")
-    argv, kills, resumed = flags(script, out=work / "killed", **more), 0, 0
-    while kills < 3:
-        part = server.run(script, argv, world, kill_after=moments.uniform(0.3, 1.0) * whole.seconds)
-        resumed += "resuming after step" in part.output
-        if not part.killed:
-            break
-        kills += 1
+    steps = max(metric["step"] for metric in metrics(work / "whole"))
+    moments = random.Random(f"{script} {world}")  # counted from a checkpoint, which comes however slow the machine is
+    argv, resumed = flags(script, out=work / "killed", **more), []
+    for step in (1, steps // 2 + 1):
+        saved = str(work / "killed" / "checkpoints" / f"step-{step:06d}")
+        part = server.run(script, argv, world, kill_from=saved, kill_after=moments.uniform(0, 0.05))
+        assert part.killed, part.output[-3000:]
+        resumed.append("resuming after step" in part.output)
     last = server.run(script, argv, world)
     assert last.codes == [0] * world, last.output[-3000:]
-    assert kills >= 1 and resumed + ("resuming after step" in last.output) >= 1, "never interrupted where it matters"
+    assert [*resumed, "resuming after step" in last.output] == [False, True, True]
     assert metrics(work / "killed") == metrics(work / "whole")
     assert result(work / "killed") == result(work / "whole")
     assert not list((work / "killed" / "adapter").glob("*.partial"))

@@ -162,8 +162,8 @@ MUTATIONS = [
     Mutation(
         "reference sees the trained projector",
         "train_grpo.py",
-        "vlm(batch, tower, projector=args.kl_reference)",
-        "vlm(batch, tower)",
+        "passes.score(vlm, tower, N, T, projector=args.kl_reference)",
+        "passes.score(vlm, tower, N, T)",
         LOOP,
     ),
     Mutation(
@@ -190,8 +190,8 @@ MUTATIONS = [
     Mutation(
         "pi_old renewed at every inner update",
         "train_grpo.py",
-        "if update == 0:\n                    old",
-        "if True:\n                    old",
+        "if update == 0:\n                            old",
+        "if True:\n                            old",
         LOOP,
     ),
     Mutation(

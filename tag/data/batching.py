@@ -109,6 +109,19 @@ class Batch:
         return values[self.row_of_target, self.step_of_target]
 
 
+def group_completions(prompt: Prompt, completions: Sequence[list[int]], group_size: int) -> list[Group]:
+    """N completions of N / group_size faces, prompt-major, as groups behind one copy of the prompt each."""
+    return [
+        Group(
+            prompt,
+            start // group_size,
+            list(completions[start : start + group_size]),
+            [*range(start, start + group_size)],
+        )
+        for start in range(0, len(completions), group_size)
+    ]
+
+
 def split_groups(groups: Sequence[Group]) -> list[Group]:
     """Every completion behind its own copy of the prompt: prefix sharing off."""
     return [Group(g.prompt, g.image, [c], [row]) for g in groups for c, row in zip(g.completions, g.rows)]

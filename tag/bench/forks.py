@@ -14,10 +14,11 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -37,11 +38,11 @@ class Run:
 class ForkServer:
     """Start with `with ForkServer(folder) as server:`; `server.run("train_sft", [...])` waits for a run's end."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.count = folder, 0
+    def __init__(self, folder: Path, paths: Sequence[Path] = ()) -> None:
+        self.folder, self.paths, self.count = folder, [ROOT, *paths], 0
 
     def __enter__(self) -> "ForkServer":
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, self.paths))}
         self.process = subprocess.Popen(
             [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -51,15 +52,26 @@ class ForkServer:
         self.process.stdin.close()
         self.process.wait(timeout=60)
 
-    def run(self, script: str, argv: list, world: int = 1, kill_after: float | None = None) -> Run:
-        """Run `script` (a module with a `main`) in `world` processes; SIGKILL all after `kill_after` seconds."""
+    def run(self, script: str, argv: list, world: int = 1, kill_after: float | None = None, **more: object) -> Run:
+        """Run `script` (a module with a `main`) in `world` processes; SIGKILL all after `kill_after` seconds, counted
+        from the start, or from the moment when the path `kill_from` (in `more`) exists."""
+        self.start(script, argv, world, kill_after=kill_after, **more)
+        return self.finish()
+
+    def start(self, script: str, argv: list, world: int = 1, **more: object) -> list[int]:
+        """As `run`, without waiting; the process ids by rank. more: kill_after, kill_from; nodes (of which the
+        processes are); before: "module:function" to call with `rank` in each process first, to break something."""
         self.count += 1
-        log = self.folder / f"log-{self.count}.txt"
-        order = {"script": script, "argv": [str(a) for a in argv], "world": world, "log": str(log)}
-        self.process.stdin.write(json.dumps(order | {"kill_after": kill_after}) + "\n")
+        self.log = self.folder / f"log-{self.count}.txt"
+        order = {"script": script, "argv": [str(a) for a in argv], "world": world, "log": str(self.log)}
+        self.process.stdin.write(json.dumps(order | more) + "\n")
         self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def finish(self) -> Run:
+        """Wait for the end of what `start` started."""
         answer = json.loads(self.process.stdout.readline())
-        return Run(answer["codes"], answer["seconds"], log.read_text())
+        return Run(answer["codes"], answer["seconds"], self.log.read_text())
 
 
 def reward_of_text(text: str, record, kind: str = "iou", bonus: float = 0.1):
@@ -92,19 +104,24 @@ def serve() -> None:
                 child(scripts[order["script"]], order, rank, port)
                 return
             pids.append(pid)
-        codes = wait(pids, started, order["kill_after"])
+        print(json.dumps(pids), flush=True)
+        codes = wait(pids, started, order.get("kill_after"), order.get("kill_from"))
         print(json.dumps({"codes": codes, "seconds": time.monotonic() - started}), flush=True)
 
 
-def wait(pids: list[int], started: float, kill_after: float | None) -> list[int]:
+def wait(pids: list[int], started: float, kill_after: float | None, kill_from: str | None) -> list[int]:
     """Exit codes; kills when the time has come, or when one has failed and the others would wait for it."""
     codes: dict[int, int] = {}
+    if kill_from:
+        started = float("inf")  # the clock that counts starts with what the run has done, however slow the machine is
     while len(codes) < len(pids):
         for pid in pids:
             if pid not in codes:
                 found, status = os.waitpid(pid, os.WNOHANG)
                 if found:
                     codes[pid] = os.waitstatus_to_exitcode(status)
+        if kill_from and started == float("inf") and os.path.exists(kill_from):
+            started = time.monotonic()
         late = kill_after is not None and time.monotonic() - started > kill_after
         if late or any(codes.values()):
             for pid in pids:
@@ -124,8 +141,12 @@ def child(script, order: dict, rank: int, port: int) -> None:
     os.dup2(log, 1), os.dup2(log, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if order["world"] > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.environ |= {"WORLD_SIZE": str(order["world"]), "LOCAL_WORLD_SIZE": str(order["world"])}
+        local = order["world"] // order.get("nodes", 1)
+        os.environ |= {"WORLD_SIZE": str(order["world"]), "LOCAL_WORLD_SIZE": str(local)}
     torch.set_num_threads(1)
+    if order.get("before"):
+        module, function = order["before"].split(":")
+        getattr(importlib.import_module(module), function)(rank)
     sys.argv = [order["script"] + ".py", *order["argv"]]
     run(script.main)
 
