@@ -3,7 +3,8 @@
     python tools/fake_endpoint.py --port 8000 --fault-rate 0.2
 
 It has no model. It reads classes and AU marks off the prompt and answers by the rules, with a class drawn by the
-request's seed. Faults are drawn evenly from --faults. Prints one JSON line with its counts when it is ended.
+request's seed. Asked to judge two responses (tools/judge.py) it does so in the way of --judge. Faults are drawn evenly
+from --faults. Prints one JSON line with its counts when it is ended.
 """
 
 import argparse
@@ -36,8 +37,16 @@ FAULTS = {
     "not_json": "an answer in prose",
     "invented": "an AU that is not in the list",
 }
+JUDGES = {
+    "fair": "prefers the response with more boxes",
+    "first": "always prefers the response shown first",
+    "random": "scores and prefers by the request's seed, one without regard to the other",
+    "wild": "scores that are no whole numbers from 1 to 5",
+}
 MAX_REQUEST = 8 << 20
 _CLASSES = re.compile(r"The label is one of: ([a-z, ]+)\.")
+_CRITERIA = re.compile(r'"(\w+)": 1-5')
+_RESPONSE = re.compile(r"^===== response [AB] \w+\n(.*?)\n===== end of response", re.M | re.S)
 _MARK = re.compile(r"^- (<AU\d+> \[[\d, ]+\])", re.M)
 
 
@@ -52,6 +61,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--hang", type=float, default=3600.0, help="seconds")
     p.add_argument("--delay", type=float, default=0.0, help="seconds before every answer")
     p.add_argument("--seed", type=int, default=0, help="of the faults")
+    about = "; ".join(f"{name}: {what}" for name, what in JUDGES.items())
+    p.add_argument("--judge", choices=[*JUDGES], default="fair", help=f"how it compares two responses ({about})")
     args = p.parse_args(argv)
     args.faults = args.faults.split(",")
     check(set(args.faults) <= set(FAULTS), f"--faults: there are {', '.join(FAULTS)}")
@@ -59,9 +70,30 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def answer(body: dict) -> str:
-    """What a model that follows the prompt would write."""
+def judge(prompt: str, seed: int, way: str) -> str:
+    """The answer of a judge of `JUDGES`."""
+    criteria = list(dict.fromkeys(_CRITERIA.findall(prompt)))
+    boxes = [text.count("<bbox>") for text in _RESPONSE.findall(prompt)]
+    rng = random.Random(seed)
+    scores = [{name: min(1 + count, 5) for name in criteria} for count in boxes]
+    preference = "tie" if boxes[0] == boxes[1] else "A" if boxes[0] > boxes[1] else "B"
+    if way == "first":
+        preference = "A"
+    elif way == "random":
+        scores = [{name: rng.randint(1, 5) for name in criteria} for _ in boxes]
+        preference = rng.choice(("A", "B", "tie"))
+    elif way == "wild":
+        scores = [{name: rng.choice((0, 6, 4.5, "5", True, None)) for name in criteria} for _ in boxes]
+    return json.dumps({"A": scores[0], "B": scores[1], "preference": preference, "reason": "It counted boxes."})
+
+
+def answer(body: dict, way: str = "fair") -> str:
+    """What a model that follows the prompt would write; as a judge it does so in the way `way`."""
     prompt = next(part["text"] for part in body["messages"][0]["content"] if part["type"] == "text")
+    if '"preference"' in prompt:
+        if not any(part["type"] == "image_url" for part in body["messages"][0]["content"]):
+            return "I cannot see any face."
+        return judge(prompt, body.get("seed", 0), way)
     if '"usable"' in prompt:
         return json.dumps({"usable": True, "reason": ""})
     classes, marks = _CLASSES.search(prompt)[1].split(", "), _MARK.findall(prompt)
@@ -98,7 +130,7 @@ async def misbehave(fault: str, body: dict, writer: asyncio.StreamWriter, args: 
     elif fault == "reset":
         return False
     elif fault == "cut":
-        whole = completion(answer(body))
+        whole = completion(answer(body, args.judge))
         writer.write(response(whole[: len(whole) // 2], length=len(whole)))
         await writer.drain()
         return False
@@ -147,7 +179,7 @@ async def serve(args: argparse.Namespace) -> None:
                     if not await misbehave(fault, body, writer, args):
                         return
                 else:
-                    writer.write(response(completion(answer(body))))
+                    writer.write(response(completion(answer(body, args.judge))))
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             return
