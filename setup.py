@@ -11,7 +11,7 @@ setup(
     packages=find_packages(include=["tag", "tag.*"]),
     package_data={
         "tag": ["assets/tiny-qwen2.5-vl/*", "au/*.json", "synth/*.json", "report/*.css", "report/*.js"]
-        + ["datagen/prompts/*.txt"]
+        + ["datagen/prompts/*.txt", "preference/*.txt"]
     },
     install_requires=[
         "torch>=2.11",
@@ -22,7 +22,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "api": ["openai>=3"],  # traces written by models behind OpenAI-compatible servers
+        "api": ["openai>=3"],  # traces written, and responses judged, by models behind OpenAI-compatible servers
         "data": ["mediapipe>=0.10.30"],  # face landmarks and blendshapes; older ones drag in JAX and numpy < 2
         "flash": ["flash-attn>=2.7"],  # a source build; used when importable, never required
         "track": ["tensorboard>=2.17"],  # metrics.jsonl is written in any case

@@ -84,15 +84,22 @@ def parser(script: str) -> Callable:
     return getattr(module, "parse_args", None) or module.parse
 
 
+def help_of(script: str, *command: str) -> str:
+    """What a script or tool prints for --help."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+        parser(script)([*command, "--help"])
+    return out.getvalue()
+
+
 @cache
 def flags(script: str) -> set[str]:
-    """Every flag of a script or tool, from its --help; of a shell script, from its text."""
+    """Every flag of a script or tool, from its --help and that of its commands; of a shell script, from its text."""
     if script.endswith(".sh"):
         shown = (ROOT / script).read_text()
     else:
-        with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
-            parser(script)(["--help"])
-        shown = out.getvalue()
+        shown = help_of(script)
+        if found := re.search(r"^positional arguments:\n +\{([\w,]+)\}", shown, re.M):
+            shown += "".join(help_of(script, command) for command in found[1].split(","))
     return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", shown))
 
 
