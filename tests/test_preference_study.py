@@ -17,7 +17,7 @@ import pytest
 from browser import CHROMIUM, Browser
 from eval_folders import GOOD, POOR, good_and_poor, write_folders
 from test_judge import flags as judge_flags
-from test_judge import load_tool
+from test_judge import load_tool, read_pairs_of
 from test_judge import tool as judge_tool
 
 from tag.errors import DataError, UsageError
@@ -28,7 +28,8 @@ from tag.preference.study import Study, checksum, read_key
 
 tool = load_tool("preference_study")
 HOSTILE = (
-    '</template><script>document.title="hacked"</script><img src=x onerror=document.title="hacked">\u202e {count} $x'
+    '</template><script>document.title="hacked"</script><bbox>[1, 2, 30, 40]</bbox><img src=x '
+    'onerror=document.title="hacked">\u202e {count} $x'
 )
 
 
@@ -79,9 +80,15 @@ def test_a_page_is_blind_self_contained_and_balanced(tmp_path, capsys):
     assert stat.S_IMODE((folder / "people" / "key.json").stat().st_mode) == 0o600
     ids = [item.id for items in study.sets.values() for item in items]
     assert len(set(ids)) == 16 and {n: len(items) for n, items in study.sets.items()} == {1: 8, 2: 8}
+    texts = {pair.id: [p.text for p in pair.predictions] for pair in read_pairs_of(folder)}
     for number, items in study.sets.items():
         page = (folder / "people" / f"set-{number}.html").read_text()
         assert sum(item.a for item in items) == 4
+        shown = re.findall(r'<template data-token="(\w+)">(.*?)data-side="B"(.*?)</template>', page, re.S)
+        assert [token for token, _, _ in shown] == [item.token for item in items]
+        for item, (_, *sides) in zip(items, shown):  # the key says what stands where
+            smiles = [GOOD == texts[item.id][model] for model in (item.a, 1 - item.a)]
+            assert ["A wide smile." in side for side in sides] == smiles
         assert page.count("<template") == 8 == page.count("data:image/jpeg")  # each face once
         for secret in ("plainmodel", "groundedmodel", "face-", study.secret, *(r for i in items for r in i.responses)):
             assert secret not in page, secret
@@ -153,6 +160,8 @@ def tampered(study: Study, how: str) -> dict | str:
     good = copy.deepcopy(raw)
     if how == "choice":
         raw["answers"][2]["choice"] = "B"
+    elif how == "seconds":
+        raw["answers"][2]["seconds"] = 6
     elif how == "expert":
         raw["expert"] = True
     elif how == "rater":
@@ -180,6 +189,7 @@ def tampered(study: Study, how: str) -> dict | str:
 
 MESSAGES = {
     "choice": "changed after it was saved",
+    "seconds": "changed after it was saved",
     "expert": "changed after it was saved",
     "rater": "changed after it was saved",
     "saved": "changed after it was saved",
@@ -424,10 +434,9 @@ def test_a_rater_judges_reloads_saves_and_is_scored(tmp_path):
         # both faces are the same, loaded, and each has the boxes of its own response
         browser.wait("[...document.querySelectorAll('#stage img')].every(i => i.complete && i.naturalWidth === 448)")
         given = [browser.value(f"document.querySelectorAll('[data-side={s}] svg .line').length") for s in "AB"]
-        assert sorted(given) == sorted(
-            {POOR: 1, GOOD: 2, HOSTILE: 0, "": 0, GOOD + "x": 2}[texts[m][int(items[0].id.split("-")[1])]]
-            for m in (0, 1)
-        )
+        boxes = {POOR: 1, GOOD: 2, HOSTILE: 1, "": 0, GOOD + "x": 2}
+        face = int(items[0].id.split("-")[1])
+        assert given == [boxes[texts[model][face]] for model in (items[0].a, 1 - items[0].a)]
         browser.key("a")
         assert browser.value(SHOWN) == "Face 2 of 6"
         browser.click('[data-choice="tie"]')
