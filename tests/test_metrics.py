@@ -309,7 +309,7 @@ def test_markdown_table_and_metrics_file(tmp_path):
     table = markdown_table([("SFT | 7B\nx", m), ("base", empty)])
     lines = table.splitlines()
     assert len(lines) == 4 and lines[2].startswith("| SFT \\| 7B x | 40 |")
-    assert {line.replace("\\|", "").count("|") for line in lines} == {9}
+    assert {line.replace("\\|", "").count("|") for line in lines} == {12}
     assert f"{m['accuracy'] * 100:.1f} [{m['accuracy_ci'][0] * 100:.1f}, {m['accuracy_ci'][1] * 100:.1f}]" in lines[2]
     assert "| – |" in lines[3]
     write_metrics(tmp_path / "m.json", m)
