@@ -121,6 +121,13 @@ def gradients(params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 # ---- several processes ------------------------------------------------------------------------------------------
 
 
+def dead_address() -> str:
+    """An endpoint on this machine at which nobody listens."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{s.getsockname()[1]}/v1"
+
+
 def run_processes(world: int, target: str, *args: object, timeout: float = 300.0) -> str:
     """Call `target` ("module:function", module in this folder) with strings `args` in `world` processes as `torchrun`
     starts them; returns what they printed. Fails unless all end by themselves with exit code 0.

@@ -12,13 +12,12 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from helpers import dead_address
 from test_datagen import accepted, data_set
 
 pytest.importorskip("openai", reason="the openai client is not installed (pip install '.[api]')")
@@ -33,6 +32,7 @@ from tag.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = Limits()
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 def load_tool(name: str):
@@ -43,38 +43,6 @@ def load_tool(name: str):
 
 
 tool, fake = load_tool("build_tag310k"), load_tool("fake_endpoint")
-
-
-@pytest.fixture
-def serve():
-    """Start fake servers with the given flags; returns their addresses. They end with the test."""
-    running = []
-
-    def start(*flags: str) -> str:
-        command = [sys.executable, str(ROOT / "tools" / "fake_endpoint.py"), "--port", "0", *flags]
-        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        return running[-1].stdout.readline().strip()
-
-    yield start
-    for process in running:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(endpoints, "FIRST_PAUSE", 0.005)
-    monkeypatch.setattr(endpoints, "MAX_REST", 0.05)
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def dead_address() -> str:
-    """A port of this machine at which nobody listens."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{s.getsockname()[1]}/v1"
 
 
 def run_build(tmp_path: Path, urls: list[str], count: int = 24, limits: Limits = LIMITS, **settings):
