@@ -5,11 +5,13 @@ pytest tests/test_hf_model.py
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import large_weights, make_vlm, random_faces
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import (
     AutoTokenizer,
@@ -31,8 +33,10 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tag.dist import Dist
-from tag.evaluation.hf_model import FAMILIES, HFModel, chat_prompt, load_hf
+from tag.errors import DataError
+from tag.evaluation.hf_model import FAMILIES, HFModel, _BoxMask, chat_prompt, load_hf
 from tag.prompts import TAG_PROMPT
+from tag.rollout.box_limit import BoxLimit
 from tag.tiny.checkpoint import CHAT_TEMPLATE, build_config, save_checkpoint
 from tag.vlm import TINY_MODEL
 
@@ -243,3 +247,78 @@ def test_the_prompt_is_written_by_the_models_own_template(folders, family):
     inputs = processor(images=random_faces(1), text=[text], return_tensors="pt")
     tokens = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
     assert tokens.count(processor.image_token) > 1
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_what_the_checkpoint_says_of_sampling_is_left_aside(folders, family, tmp_path):
+    """finish() wrote temperature 3 and a repetition penalty of 5 into it; without them the answers are the same."""
+    other = shutil.copytree(folders[family], tmp_path / family)
+    path = other / "generation_config.json"
+    bare = {k: v for k, v in json.loads(path.read_text()).items() if k in ("eos_token_id", "transformers_version")}
+    path.write_text(json.dumps(bare))
+    faces = random_faces(2)
+    assert HFModel(flags(other), HERE).complete(faces) == HFModel(flags(folders[family]), HERE).complete(faces)
+
+
+def test_the_box_mask_is_that_of_our_engine():
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    boxes = BoxLimit(tokenizer, len(tokenizer), 1)
+    rows = [tokenizer.encode(text) for text in ("a <bbox>[1, 2, 3, 4]</bbox> b <bbo", "a <bbox> <bbox> then some more")]
+    length = min(map(len, rows))
+    tokens = torch.tensor([row[:length] for row in rows])  # (2, T)
+    state, count = boxes.scan(tokens)
+    mask, prompt, forbade = _BoxMask(boxes), torch.tensor([[5], [5]]), 0
+    for t in range(length):
+        scores = mask(torch.cat([prompt, tokens[:, :t]], 1), torch.zeros(2, len(tokenizer)))
+        forbidden = boxes.forbidden(state[:, t], count[:, t])
+        assert torch.equal(scores.isinf(), forbidden)
+        forbade += int(forbidden.any())
+    assert forbade
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def broken(folder: Path, tmp_path: Path, file: str, change) -> str:
+    """A copy of a checkpoint with one JSON file changed."""
+    copy = shutil.copytree(folder, tmp_path / "broken")
+    path = copy / file
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    return str(copy)
+
+
+def test_an_unknown_family_is_named_with_the_known_ones(folders, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "blip"}')
+    with pytest.raises(DataError, match="it is a blip model; known are qwen2_vl, .*internvl"):
+        load_hf(str(tmp_path), "float32", "cpu")
+    with pytest.raises(DataError, match="cannot load an image-text model from"):
+        load_hf(str(tmp_path / "nowhere"), "float32", "cpu")
+
+
+def test_missing_weights_are_not_replaced_by_random_ones(folders, tmp_path):
+    path = broken(folders["qwen2_vl"], tmp_path, "config.json", lambda c: c | {"tie_word_embeddings": False})
+    weights = load_file(Path(path) / "model.safetensors")
+    del weights[next(name for name in weights if "mlp" in name)]
+    save_file(weights, Path(path) / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match="weights are missing, e.g."):
+        load_hf(path, "float32", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [(None, "no chat template"), ("{{ messages[0]['role'] }}", "puts 0 images and the prompt 0 times")],
+)
+def test_a_template_without_place_for_an_image(folders, tmp_path, template, words):
+    copy = shutil.copytree(folders["internvl"], tmp_path / "copy")
+    for path in copy.glob("chat_template*"):
+        path.unlink()
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    with pytest.raises(DataError, match=words):
+        HFModel(flags(copy), HERE)
+
+
+def test_a_processor_that_does_not_fit_its_model_is_named(folders, tmp_path):
+    path = broken(folders["internvl"], tmp_path, "processor_config.json", lambda c: c | {"image_seq_length": 3})
+    with pytest.raises(DataError, match="internvl: cannot answer about an image: "):
+        HFModel(flags(path), HERE).complete(random_faces(1))
