@@ -289,7 +289,7 @@ def broken(folder: Path, tmp_path: Path, file: str, change) -> str:
 
 def test_an_unknown_family_is_named_with_the_known_ones(folders, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "blip"}')
-    with pytest.raises(DataError, match="it is a blip model; known are qwen2_vl, .*internvl"):
+    with pytest.raises(DataError, match=r"it is a blip model; known are qwen2_vl, .*internvl"):
         load_hf(str(tmp_path), "float32", "cpu")
     with pytest.raises(DataError, match="cannot load an image-text model from"):
         load_hf(str(tmp_path / "nowhere"), "float32", "cpu")
@@ -300,7 +300,7 @@ def test_missing_weights_are_not_replaced_by_random_ones(folders, tmp_path):
     weights = load_file(Path(path) / "model.safetensors")
     del weights[next(name for name in weights if "mlp" in name)]
     save_file(weights, Path(path) / "model.safetensors", {"format": "pt"})
-    with pytest.raises(DataError, match="weights are missing, e.g."):
+    with pytest.raises(DataError, match="weights are missing"):
         load_hf(path, "float32", "cpu")
 
 

@@ -283,6 +283,11 @@ def test_bad_prediction_lines_name_file_line_and_field(tmp_path):
         "broken": [["no such rule"], [[]]],
         "num_tokens": [-1, True, 1.5],
         "dataset": [None],
+        "boxes_lenient": [3, [[5, 5, 1, 9]]],
+        "finish_reason": [None],
+        "prompt_tokens": [-1, True],
+        "cost": [-1.0, "1", float("inf"), float("nan")],
+        "missing": [None],
     }
     assert wrong.keys() == Prediction.__dataclass_fields__.keys()
     for name, values in wrong.items():
