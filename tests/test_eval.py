@@ -287,7 +287,7 @@ def test_missing_images_are_never_passed_over_in_silence(call, flags, tmp_path, 
     line = refused(call, flags(data=damaged), tmp_path)
     assert "synth-test-000001" in line and "--missing wrong or skip" in line and not (tmp_path / "out").exists()
 
-    assert call(flags(data=damaged, missing="wrong"))[0] == 0
+    assert call(flags(data=damaged, missing="wrong", report_faces=8))[0] == 0
     wrong = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (wrong["n"], wrong["missing"], wrong["left_out"]) == (8, 2, 0)
     predictions = read_predictions(tmp_path / "out" / "predictions.jsonl")
