@@ -34,6 +34,7 @@ setup(
             "openai>=3",
             "tensorboard>=2.17",
         ]  # peft imports accelerate
+        + ["scikit-learn>=1.5", "scipy>=1.14"]  # oracles of the metrics and of the paired tests
         + ["trl==1.16.0"],  # the oracle of tests/test_against_trl.py, which calls one of its private methods
     },
 )

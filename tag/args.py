@@ -9,7 +9,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tag.dist import SHARDING
 from tag.errors import DataError, UsageError
 
 
@@ -89,6 +88,8 @@ def add_running_flags(p: Parser, micro_tokens: int, save_every: int) -> Callable
 
     micro_tokens, save_every: the stage's defaults.
     """
+    from tag.dist import SHARDING  # here, so that tools without tensors need not wait for torch
+
     a = p.add_argument_group("how it runs (never changes loss or gradient)").add_argument
     a("--micro-tokens", type=int, default=micro_tokens, help="tokens of one forward pass, per rank: the memory knob")
     a("--rollout-rows", type=int, default=64, help="rows that decode together, per rank, fewer if memory is short")

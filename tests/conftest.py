@@ -101,7 +101,7 @@ def serve():
 @pytest.fixture
 def short_pauses(monkeypatch):
     """Retries after milliseconds, and no proxy between a test and its server."""
-    from tag.datagen import endpoints
+    from tag import endpoints
 
     monkeypatch.setattr(endpoints, "FIRST_PAUSE", 0.005)
     monkeypatch.setattr(endpoints, "MAX_REST", 0.05)

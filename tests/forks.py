@@ -76,7 +76,7 @@ def reward_of_text(text: str, record, kind: str = "iou", bonus: float = 0.1):
 
 def serve() -> None:
     """Import, then obey until stdin ends."""
-    scripts = {name: importlib.import_module(name) for name in ("train_sft", "train_grpo")}
+    scripts = {name: importlib.import_module(name) for name in ("train_sft", "train_grpo", "eval")}
     scripts["train_grpo"].score_completion = reward_of_text
     importlib.import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")  # imported late otherwise, each time
     for line in sys.stdin:

@@ -24,13 +24,18 @@ TESTS = Path(__file__).parent
 
 
 def make_vlm(seed: int = 0) -> VLM:
-    """A random fp32 Qwen2.5-VL of 0.4 M parameters, the same for the same seed.
+    """A random fp32 Qwen2.5-VL of 0.4 M parameters, the same for the same seed, with `large_weights`."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    model = large_weights(build_model(build_config(tokenizer, small=True), seed), seed)
+    return VLM(model, tokenizer, build_image_processor(), "a random model").eval()
+
+
+def large_weights(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model with other random weights, frozen.
 
     The usual initialisation is nearly uniform in attention and output, and would hide a wrong mask or position; these
     weights are large enough that every token and face matters.
     """
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    model = build_model(build_config(tokenizer, small=True), seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for param in model.parameters():
@@ -39,9 +44,8 @@ def make_vlm(seed: int = 0) -> VLM:
                 param.copy_(noise * param[0].numel() ** -0.5)
             else:
                 param.add_(0.2 * noise)
-        model.model.language_model.embed_tokens.weight.mul_(3.0)
-    model.requires_grad_(False)
-    return VLM(model, tokenizer, build_image_processor(), "a random model").eval()
+        model.get_input_embeddings().weight.mul_(3.0)
+    return model.requires_grad_(False)
 
 
 def add_random_lora(vlm: VLM, rank: int = 4, name: str = "policy", seed: int = 0, dropout: float = 0.0) -> VLM:

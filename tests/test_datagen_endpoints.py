@@ -22,8 +22,7 @@ from test_datagen import accepted, data_set
 
 pytest.importorskip("openai", reason="the openai client is not installed (pip install '.[api]')")
 
-from tag.datagen import endpoints
-from tag.datagen.answer import Malformed
+from tag import endpoints
 from tag.datagen.backends import Fault
 from tag.datagen.build import build, manifest, scan
 from tag.datagen.endpoints import EndpointBackend
@@ -151,15 +150,29 @@ def test_the_key_is_sent_and_never_written(tmp_path, serve, monkeypatch, capsys)
     assert json.loads((out / "manifest.json").read_text())["backend_info"]["model"] == "m"
 
 
-def test_answers_that_are_no_completions(monkeypatch):
-    good = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
-    assert endpoints._text(json.dumps(good).encode()) == "x"
+def completion(usage: object = None, reason: str = "stop", **message: object) -> endpoints.Completion:
+    """What is read from a body with this message."""
+    choice = {"message": {"content": "x", **message}, "finish_reason": reason}
+    return endpoints._completion(json.dumps({"choices": [choice], "usage": usage}).encode())
+
+
+def test_answers_that_are_no_completions():
+    assert completion() == endpoints.Completion("x")
     for bad in (b"", b"[]", b"null", b'{"choices": []}', b'{"choices": [1]}', b"[" * 10**5, b"\xff"):
         with pytest.raises(Fault, match="bad_body"):
-            endpoints._text(bad)
-    filtered = {"choices": [{"message": {"content": "x"}, "finish_reason": "content_filter"}]}
-    with pytest.raises(Malformed, match="refused"):
-        endpoints._text(json.dumps(filtered).encode())
+            endpoints._completion(bad)
+    with pytest.raises(Fault, match="without text"):
+        completion(content=None)
+
+
+def test_why_an_answer_ended_and_what_it_cost():
+    assert completion(reason="content_filter").reason == completion(content=None, refusal="no").reason == "refused"
+    assert completion(reason="length") == endpoints.Completion("x", "length")
+    assert completion(reason="length", content=None).text == ""  # all tokens went into unseen thought
+    usage = {"prompt_tokens": 90, "completion_tokens": 7, "cost": 0.25}
+    assert completion(usage) == endpoints.Completion("x", "stop", 90, 7, 0.25)
+    for bad in ([], "x", {"prompt_tokens": "90", "completion_tokens": True, "cost": float("nan")}, {"cost": -1}):
+        assert completion(bad) == endpoints.Completion("x")
 
 
 # ---------------------------------------------------------------- kills

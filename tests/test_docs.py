@@ -192,6 +192,9 @@ def test_every_flag_is_read(script):
     source = (ROOT / script).read_text()
     if "HeldOut(" in source:  # is handed all arguments
         source += (ROOT / "tag/evaluation/held_out.py").read_text()
+    if "load_model(args" in source:
+        parts = ("fingerprint", "models", "hf_model", "server_model")
+        source += "".join((ROOT / f"tag/evaluation/{name}.py").read_text() for name in parts)
     del args.preset  # read by Parser itself
     assert not [name for name in vars(args) if not re.search(rf"\bargs\.{name}\b", source)]
 
@@ -246,7 +249,7 @@ def test_every_logged_metric_is_documented_and_no_other():
 
 def test_the_fields_of_an_evaluation_are_documented():
     prediction = make_prediction(RECORD, "", 1)
-    written = re.search(r"write_metrics\(.*?\{(.*?)\}\)", (ROOT / "eval.py").read_text(), re.S)[1]
+    written = " ".join(re.findall(r"^ +about \|?= \{(.*)\}$", (ROOT / "eval.py").read_text(), re.M))
     expected = set(compute_metrics([prediction])) | set(re.findall(r'"(\w+)":', written))
     assert documented("`eval.py`: metrics.json") == expected
     text = text_of(ROOT / "docs" / "metrics.md")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tag.boxes import Box, is_valid
-from tag.errors import DataError
+from tag.errors import DataError, MissingImage
 from tag.files import replacing
 from tag.labels import CLASS_INDEX
 
@@ -167,7 +167,7 @@ def write_records(path: str | os.PathLike, records: Iterable[Record]) -> int:
 
 
 def resolve_image(record: Record, image_root: str | os.PathLike) -> Path:
-    """Absolute path of the record's image. Raises DataError if it leaves `image_root` or does not exist."""
+    """Absolute path of the record's image. Raises DataError if it leaves `image_root`, MissingImage if it is absent."""
     root = Path(image_root).resolve()
     try:
         path = (root / record.image).resolve()
@@ -177,7 +177,7 @@ def resolve_image(record: Record, image_root: str | os.PathLike) -> Path:
     if not path.is_relative_to(root):
         raise DataError(f"record {record.id!r}: image path {record.image!r} leaves the image root {root}")
     if not found:
-        raise DataError(f"record {record.id!r}: no image {path}; is --image-root right?")
+        raise MissingImage(f"record {record.id!r}: no image {path}; is --image-root right?")
     return path
 
 
