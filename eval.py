@@ -1,123 +1,175 @@
-"""Accuracy and AU IoU of a checkpoint on TAG records: greedy answers to the one prompt of the task.
+"""Accuracy and AU IoU of a model on TAG records: greedy answers to the one prompt of the task.
 
     python   eval.py --preset tiny --data data/synth/test.jsonl --adapter runs/tag/best --out runs/tag/eval
     torchrun --nproc-per-node 4 eval.py --data TAG310K/test.jsonl --image-root IMAGES \\
         --adapter runs/tag-7b/best --out EVAL
 
-Without --adapter the base model is asked (zero-shot). Decoding as in the paper: T = 0, at most 512 tokens, at most
-three boxes. Writes into --out: metrics.json, predictions.jsonl (one line a face), table.md, report.html (faces with
-detector boxes in green and predicted ones in red). Repeating the command goes on where it was stopped.
+Without --adapter the base model is asked (zero-shot). --backend hf asks any Hugging Face image-text model of a known
+family, --backend openai one behind OpenAI-compatible servers (the key comes from the environment). All get the same
+prompt. Decoding as in the paper: T = 0, top-p 0.9, at most 512 tokens, at most three boxes (a limit that no server
+knows; there a fourth box breaks the format).
+
+Writes into --out: metrics.json, predictions.jsonl (one line a face), table.md, speed.json, report.html (faces with
+detector boxes in green and predicted ones in red), and with --against OTHER against.json (paired tests). Repeating the
+command goes on where it was stopped; when nothing is left to ask, no model is loaded. A folder belongs to one model,
+prompt, data and decoding, known by their content.
 """
 
 import json
+import time
 from pathlib import Path
 
 from tqdm import tqdm
 
 from tag import dist
-from tag.args import Parser, check, claim_run_folder, run
+from tag.args import Parser, check, run
 from tag.checkpoint import run_card
-from tag.data.faces import Faces
-from tag.data.images import load_image
 from tag.data.records import read_records
-from tag.evaluation.generate import predict
+from tag.evaluation.against import check_comparable, compare, comparison_text
+from tag.evaluation.answers import MISSING, AnswerBook, batches, find_faces, note_broken
+from tag.evaluation.fingerprint import claim, digest, fingerprint
 from tag.evaluation.metrics import compute_metrics, markdown_table, write_metrics
-from tag.evaluation.predictions import read_predictions, write_predictions
+from tag.evaluation.models import load_model
+from tag.evaluation.output import add_speed, same_json, write_json, write_report
+from tag.evaluation.predictions import make_prediction
 from tag.files import replacing
-from tag.lora import load_adapter
 from tag.prompts import prompt_hash
-from tag.report.eval_page import write_eval_page
-from tag.rollout import RolloutEngine, kv_plan
-from tag.vlm import load_vlm
 
 PRESETS = {"tiny": dict(model="tiny", dtype="float32", max_new_tokens=160)}
-PART = 256  # faces between two saves of what is done
 
 
 def parse_args(argv=None):
     p = Parser(__doc__, PRESETS)
-    a = p.add_argument
+    a = p.add_argument_group("what is asked").add_argument
     a("--data", required=True, help="TAG records (.jsonl)")
     a("--split", help="only records of this split")
     a("--image-root", help="folder the records' image paths start from (default: where --data lies)")
     a("--faces", type=int, default=0, help="only the first N records, 0 = all")
-    a("--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help='checkpoint folder or hub name, or "tiny"')
+    a(
+        "--missing",
+        choices=MISSING,
+        default="error",
+        help="a face without a readable image: stop, or count, or leave out",
+    )
+    a = p.add_argument_group("who answers").add_argument
+    a("--backend", choices=("engine", "hf", "openai"), default="engine", help="ours, Hugging Face generate, or servers")
+    a("--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help='checkpoint folder, hub or served name, or "tiny"')
     a("--adapter", help="adapter folder; none = the base model, zero-shot")
     a("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    a("--name", help="what the model is called in the table (default: the adapter's or model's path)")
     a("--max-new-tokens", type=int, default=512)
     a("--no-box-limit", action="store_true", help="let the model write more than three boxes")
+    a("--image-size", type=int, default=512, help="side in pixels of the square that hf and openai models get")
+    a = p.add_argument_group("--backend openai").add_argument
+    a("--endpoint", nargs="+", metavar="URL", default=[], help="servers, each up to and with /v1")
+    a("--key-variable", default="OPENAI_API_KEY", help="environment variable with the key, if one is needed")
+    a("--concurrency", type=int, default=16, help="questions a server gets at a time, per process")
+    a("--timeout", type=float, default=120.0, help="seconds for one answer")
+    a("--tries", type=int, default=8, help="of one question, before its face is left for the next run")
+    a("--give-up-after", type=float, default=300.0, help="seconds without any answer, then stop")
+    a("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="of a million tokens, where the server names no cost")
+    a("--omit", nargs="+", default=[], choices=("temperature", "top_p", "max_tokens", "seed"), help="not to be sent")
+    a("--request", type=json.loads, default={}, metavar="JSON", help='more to be sent, \'{"reasoning_effort": "low"}\'')
+    a = p.add_argument_group("what is written").add_argument
     a("--out", required=True, help="folder for the results")
+    a("--name", help="what the model is called in the table (default: the adapter's or model's path)")
+    a("--against", metavar="OTHER", help="--out of another evaluation of the same faces, to compare with")
     a("--report-faces", type=int, default=200, help="faces on the HTML page, 0 = no page")
-    a("--rollout-rows", type=int, default=64, help="rows that decode together, per rank")
+    a = p.add_argument_group("how it runs (never changes an answer)").add_argument
+    a("--rollout-rows", type=int, default=64, help="faces that are answered together, per rank")
     a("--cuda-graphs", action="store_true", help="replay the decoding step as a CUDA graph")
     a("--device", choices=("auto", "cpu", "cuda"), default="auto")
     a("--threads", type=int, default=0, help="CPU threads, 0 = PyTorch's choice")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    check_flags(args)
+    return args
+
+
+def check_flags(args) -> None:
+    """Raise UsageError for flags that do not go together."""
+    served = args.backend == "openai"
+    check(served == bool(args.endpoint), "--backend openai and --endpoint URL go together")
+    for url in args.endpoint:
+        check(url.startswith(("http://", "https://")), f"--endpoint {url}: not an http(s) address")
+    check(
+        args.backend == "engine" or not args.adapter,
+        f"--adapter goes with --backend engine; merge it for {args.backend}",
+    )
+    check(isinstance(args.request, dict), "--request must be a JSON object")
+    for name, least in (("max_new_tokens", 1), ("rollout_rows", 1), ("concurrency", 1), ("tries", 1), ("faces", 0)):
+        check(getattr(args, name) >= least, f"--{name.replace('_', '-')} must be at least {least}")
+    check(28 <= args.image_size <= 4096, "--image-size must lie between 28 and 4096")
+    check(not args.price or min(args.price) >= 0, "--price must not be negative")
 
 
 def evaluate(args, here: dist.Dist) -> None:
     """Answer every face once, then measure."""
     out = Path(args.out)
-    image_root = args.image_root or Path(args.data).parent
     records = read_records(args.data, args.split)[: args.faces or None]
-    resuming = claim_run_folder(out, "eval.py", args, here.is_main)
+    faces = find_faces(records, args.image_root or Path(args.data).parent)
 
-    vlm = load_vlm(args.model, args.dtype, here.device)
-    if args.adapter:
-        load_adapter(vlm.hf_model, args.adapter)
-    vlm.requires_grad_(False)
-    faces = Faces(records, image_root, vlm, cache_gb=0)
-    engine = RolloutEngine(vlm, args.rollout_rows, args.max_new_tokens, cuda_graphs=args.cuda_graphs)
-    here.print(kv_plan(engine, len(vlm.prompt().input_ids), 1))
-    if here.is_main:
-        card = run_card("eval.py", json.loads(json.dumps(vars(args), default=str)), prompt=prompt_hash())
-        with replacing(out / "run.json") as f:
-            f.write(json.dumps(card, indent=2) + "\n")
+    # ---- whose folder it is: hashing reads every image and weight, so one process does it for all
+    def prepare() -> dict:
+        found = fingerprint(args, faces)
+        claim(out, found)
+        if args.against:
+            check_comparable(args.against, found)
+        return found
 
-    # What an earlier run has answered stays answered. The main process reads, the others are told.
-    path = out / "predictions.jsonl"
-    done = here.gather(read_predictions(path) if resuming and here.is_main and path.is_file() else [])[0]
-    answered = {p.id: p for p in done}
-    check(
-        set(answered) <= {r.id for r in records},
-        f"{path} holds faces that are not in {args.data}; choose another --out",
-    )
-    waiting = [i for i, r in enumerate(records) if r.id not in answered]
-
-    engine.refresh("policy" if args.adapter else None)
-    max_boxes = None if args.no_box_limit else 3
-    bar = tqdm(total=len(records), initial=len(answered), desc="eval", disable=None if here.is_main else True)
-    for start in range(0, len(waiting), PART):
-        part = waiting[start : start + PART]
-        found = predict(engine, faces, records, part, vlm.prompt(), args.max_new_tokens, here, max_boxes=max_boxes)
-        answered |= {p.id: p for p in found}
-        bar.update(len(part))
+    mine = here.from_main(prepare)
+    book = AnswerBook(out, records, here)
+    if book.waiting:
+        faces = here.from_main(lambda: note_broken(faces))
+        absent = [face for face in faces if face.missing]
+        check(args.missing != "error" or not absent, f"{absent[0].missing if absent else ''} (--missing wrong or skip)")
+        model = load_model(args, here)
         if here.is_main:
-            write_predictions(path, [answered[r.id] for r in records if r.id in answered])
-    bar.close()
+            card = run_card("eval.py", json.loads(json.dumps(vars(args), default=str)), prompt=prompt_hash())
+            write_json(out / "run.json", card | {"fingerprint": mine})
+            book.add([make_prediction(face.record, "", missing=face.missing) for face in absent])
 
+        # ---- ask: every process its own batches, every answer kept as it comes
+        started, answered = time.perf_counter(), 0
+        shares = batches(len(records), model.batch_size, book.waiting, here)
+        bar = tqdm(total=sum(map(len, shares)), desc="eval", disable=None if here.is_main else True)
+        for share in shares:
+            for found in model.answer([faces[i] for i in share if not faces[i].missing]):
+                book.add([make_prediction(face.record, **vars(answer)) for face, answer in found])
+                answered += len(found)
+                bar.update(len(found))
+        bar.close()
+        if args.missing != "error":
+            book.add([make_prediction(records[i], "", missing=why) for i, why in model.turned_down.items()])
+
+        complaints = here.gather("; ".join(filter(None, [model.complaint(), *list(model.turned_down.values())[:1]])))
+        answered, left = int(here.sum(answered)), book.close()
+        if here.is_main and answered:
+            add_speed(out / "speed.json", answered, time.perf_counter() - started, here)
+        why = next(filter(None, complaints), "")
+        check(not left, f"{left} faces got no answer ({why}); what is done is kept, the same command asks them again")
+    else:
+        here.print(f"all {len(records)} faces were answered before; nothing is asked again")
+
+    # ---- measure
     if here.is_main:
-        predictions = [answered[r.id] for r in records]
-        metrics = compute_metrics(predictions)
-        name = args.name or args.adapter or args.model
-        write_metrics(out / "metrics.json", {**metrics, "name": name, "data": str(args.data), "prompt": prompt_hash()})
+        predictions = book.finish()
+        measured = [p for p in predictions if not (p.missing and args.missing == "skip")]
+        check(bool(measured), "every face was left out (--missing skip); is --image-root right?")
+        name, left_out = args.name or args.adapter or args.model, len(predictions) - len(measured)
+        metrics = compute_metrics(measured)
+        about = {"name": name, "data": str(args.data), "prompt": prompt_hash()}
+        about |= {"left_out": left_out, "fingerprint": digest(mine)}
+        unchanged = same_json(out / "metrics.json", metrics | about)
+        write_metrics(out / "metrics.json", metrics | about)
         table = markdown_table([(name, metrics)])
         with replacing(out / "table.md") as f:
             f.write(table)
         print(table)
-        if args.report_faces:
-            by_id = dict(zip((r.id for r in records), faces.paths))
-            write_eval_page(
-                out / "report.html",
-                predictions,
-                records,
-                lambda record: load_image(by_id[record.id]),
-                metrics,
-                title=name,
-                max_faces=args.report_faces,
-            )
-            print(f"page: {out / 'report.html'}")
+        if args.report_faces and not (unchanged and (out / "report.html").is_file()):
+            write_report(out / "report.html", measured, faces, metrics, name, args.report_faces)
+        if args.against:
+            found = compare(args.against, predictions, args.missing == "skip")
+            write_json(out / "against.json", {"other": str(args.against), **found})
+            print(comparison_text(found, args.against))
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ setup(
     packages=find_packages(include=["tag", "tag.*"]),
     package_data={
         "tag": ["assets/tiny-qwen2.5-vl/*", "au/*.json", "synth/*.json", "report/*.css", "report/*.js"]
-        + ["datagen/prompts/*.txt"]
+        + ["datagen/prompts/*.txt", "preference/*.txt"]
     },
     install_requires=[
         "torch>=2.11",
@@ -22,7 +22,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "api": ["openai>=3"],  # traces written by models behind OpenAI-compatible servers
+        "api": ["openai>=3"],  # traces written, and responses judged, by models behind OpenAI-compatible servers
         "data": ["mediapipe>=0.10.30"],  # face landmarks and blendshapes; older ones drag in JAX and numpy < 2
         "flash": ["flash-attn>=2.7"],  # a source build; used when importable, never required
         "fuzz": ["atheris>=3"],  # coverage-guided fuzzing in tools/fuzz.py; wheels for Linux
@@ -35,6 +35,7 @@ setup(
             "openai>=3",
             "tensorboard>=2.17",
         ]  # peft imports accelerate
+        + ["scikit-learn>=1.5", "scipy>=1.14"]  # oracles of the metrics and of the paired tests
         + ["trl==1.16.0"],  # the oracle of tests/test_against_trl.py, which calls one of its private methods
     },
 )

@@ -8,8 +8,10 @@ need no collective, so ranks may encode different numbers of faces at any time w
 import gc
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from tag.errors import DataError, UsageError
 
 SHARDING = ("full", "hybrid", "none")
 
@@ -63,6 +67,20 @@ class Dist:
         values: list = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def from_main(self, call: Callable[[], Any]) -> Any:
+        """What `call()` gives on the main process, which alone calls it. A complaint about the input or the usage that
+        it raises is raised on every rank, so that none is left waiting."""
+        value, complaint = None, None
+        if self.is_main:
+            try:
+                value = call()
+            except (DataError, UsageError) as e:
+                complaint = e
+        value, complaint = self.gather((value, complaint))[0]
+        if complaint is not None:
+            raise complaint
+        return value
 
     def barrier(self) -> None:
         """Wait for the others."""

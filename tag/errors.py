@@ -5,6 +5,10 @@ class DataError(ValueError):
     """Bad input data; the message is one line that says what, where and what to do."""
 
 
+class MissingImage(DataError):
+    """A record's image is not where it should be."""
+
+
 class UsageError(ValueError):
     """A wrong flag or folder; the message is one line that says what, where and what to do."""
 

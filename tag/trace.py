@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 
 from tag.boxes import Box, is_valid
-from tag.labels import CLASS_INDEX, SYNONYMS
+from tag.labels import CLASS_INDEX
 
 MAX_BOXES = 3
 
@@ -34,8 +34,6 @@ _NUMBER = rf"{_SPACE}([0-9]{{1,4}}){_SPACE}"
 _BOX = re.compile(rf"<bbox>{_SPACE}\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]{_SPACE}</bbox>")
 _BOX_TAG = re.compile(r"</?bbox>")
 _AU = re.compile(r"\bAU ?([0-9]{1,2})\b")
-# Whole words only ("unhappiness" is not happiness), the usual adjectives included ("The person looks sad.").
-_LABEL_WORD = re.compile(rf"\b(?:{'|'.join([*CLASS_INDEX, *SYNONYMS])})\b")
 
 
 @dataclass(frozen=True)
@@ -111,22 +109,6 @@ def parse(text: str) -> Trace:
 
     ordered = tuple(rule for rule in RULES if rule in broken)
     return Trace(text, think, boxes, spans, answer, answer_text, ordered)
-
-
-def parse_lenient_label(text: str) -> str | None:
-    """The class a reader would take from free text: the answer block if it names one, else the last class word.
-
-    "happy", "sad", ... count as their class. For models that do not know the format (baselines); reported beside the
-    strict reading, never instead of it.
-    """
-    trace = parse(text)
-    if trace.answer is not None:
-        return trace.answer
-    for part in (trace.answer_text or "", text):
-        words = _LABEL_WORD.findall(part.lower())
-        if words:
-            return SYNONYMS.get(words[-1], words[-1])
-    return None
 
 
 def au_mentions(text: str) -> list[tuple[str, tuple[int, int]]]:

@@ -1,6 +1,8 @@
 """Fixtures shared by the tests; what they are built from stands in helpers.py."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,3 +118,33 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     """Runs the training scripts in processes that can be killed."""
     with ForkServer(tmp_path_factory.mktemp("logs"), paths=[Path(__file__).parent]) as server:
         yield server
+
+
+@pytest.fixture
+def serve():
+    """Start tools/fake_endpoint.py with the given flags; returns the server's address. They end with the test."""
+    running = []
+    script = Path(__file__).resolve().parents[1] / "tools" / "fake_endpoint.py"
+
+    def start(*flags: str) -> str:
+        command = [sys.executable, str(script), "--port", "0", *flags]
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        return running[-1].stdout.readline().strip()
+
+    start.running = running
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture
+def short_pauses(monkeypatch):
+    """Retries after milliseconds, and no proxy between a test and its server."""
+    from tag import endpoints
+
+    monkeypatch.setattr(endpoints, "FIRST_PAUSE", 0.005)
+    monkeypatch.setattr(endpoints, "MAX_REST", 0.05)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)

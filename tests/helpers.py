@@ -36,13 +36,18 @@ def load_tool(name: str) -> ModuleType:
 
 
 def make_vlm(seed: int = 0) -> VLM:
-    """A random fp32 Qwen2.5-VL of 0.4 M parameters, the same for the same seed.
+    """A random fp32 Qwen2.5-VL of 0.4 M parameters, the same for the same seed, with `large_weights`."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    model = large_weights(build_model(build_config(tokenizer, small=True), seed), seed)
+    return VLM(model, tokenizer, build_image_processor(), "a random model").eval()
+
+
+def large_weights(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model with other random weights, frozen.
 
     The usual initialisation is nearly uniform in attention and output, and would hide a wrong mask or position; these
     weights are large enough that every token and face matters.
     """
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    model = build_model(build_config(tokenizer, small=True), seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for param in model.parameters():
@@ -51,9 +56,8 @@ def make_vlm(seed: int = 0) -> VLM:
                 param.copy_(noise * param[0].numel() ** -0.5)
             else:
                 param.add_(0.2 * noise)
-        model.model.language_model.embed_tokens.weight.mul_(3.0)
-    model.requires_grad_(False)
-    return VLM(model, tokenizer, build_image_processor(), "a random model").eval()
+        model.get_input_embeddings().weight.mul_(3.0)
+    return model.requires_grad_(False)
 
 
 def add_random_lora(vlm: VLM, rank: int = 4, name: str = "policy", seed: int = 0, dropout: float = 0.0) -> VLM:
@@ -145,6 +149,13 @@ def result(out: Path) -> dict[str, str]:
 
 
 # ---- several processes ------------------------------------------------------------------------------------------
+
+
+def dead_address() -> str:
+    """An endpoint on this machine at which nobody listens."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{s.getsockname()[1]}/v1"
 
 
 def run_processes(world: int, target: str, *args: object, timeout: float = 300.0) -> str:

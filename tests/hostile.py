@@ -57,8 +57,8 @@ class Page(HTMLParser):
     TAGS = frozenset(
         "html head meta title style body script noscript div header main section article aside footer nav details "
         "summary h1 h2 h3 h4 p ul ol li dl dt dd table thead tbody tr th td form label input output select option "
-        "button textarea kbd b i em strong small sup sub mark span br hr img svg g rect text line path circle polyline "
-        "figure figcaption code pre a".split()
+        "button textarea fieldset legend progress template kbd b i em strong small sup sub mark span br hr img svg g "
+        "rect text line path circle polyline figure figcaption code pre a".split()
     )
 
     def __init__(self, source: str) -> None:

@@ -11,20 +11,17 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from helpers import load_tool
+from helpers import dead_address, load_tool
 from test_datagen import accepted, data_set
 
 pytest.importorskip("openai", reason="the openai client is not installed (pip install '.[api]')")
 
-from tag.datagen import endpoints
-from tag.datagen.answer import Malformed
+from tag import endpoints
 from tag.datagen.backends import Fault
 from tag.datagen.build import build, manifest, scan
 from tag.datagen.endpoints import EndpointBackend
@@ -34,41 +31,10 @@ from tag.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = Limits()
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 tool, fake, bench = load_tool("build_tag310k"), load_tool("fake_endpoint"), load_tool("bench_build")
-
-
-@pytest.fixture
-def serve():
-    """Start fake servers with the given flags; returns their addresses. They end with the test."""
-    running = []
-
-    def start(*flags: str) -> str:
-        command = [sys.executable, str(ROOT / "tools" / "fake_endpoint.py"), "--port", "0", *flags]
-        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        return running[-1].stdout.readline().strip()
-
-    yield start
-    for process in running:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(endpoints, "FIRST_PAUSE", 0.005)
-    monkeypatch.setattr(endpoints, "MAX_REST", 0.05)
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def dead_address() -> str:
-    """A port of this machine at which nobody listens."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{s.getsockname()[1]}/v1"
 
 
 def run_build(tmp_path: Path, urls: list[str], count: int = 24, limits: Limits = LIMITS, **settings):
@@ -176,15 +142,29 @@ def test_the_key_is_sent_and_never_written(tmp_path, serve, monkeypatch, capsys)
     assert json.loads((out / "manifest.json").read_text())["backend_info"]["model"] == "m"
 
 
-def test_answers_that_are_no_completions(monkeypatch):
-    good = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
-    assert endpoints._text(json.dumps(good).encode()) == "x"
+def completion(usage: object = None, reason: str = "stop", **message: object) -> endpoints.Completion:
+    """What is read from a body with this message."""
+    choice = {"message": {"content": "x", **message}, "finish_reason": reason}
+    return endpoints._completion(json.dumps({"choices": [choice], "usage": usage}).encode())
+
+
+def test_answers_that_are_no_completions():
+    assert completion() == endpoints.Completion("x")
     for bad in (b"", b"[]", b"null", b'{"choices": []}', b'{"choices": [1]}', b"[" * 10**5, b"\xff"):
         with pytest.raises(Fault, match="bad_body"):
-            endpoints._text(bad)
-    filtered = {"choices": [{"message": {"content": "x"}, "finish_reason": "content_filter"}]}
-    with pytest.raises(Malformed, match="refused"):
-        endpoints._text(json.dumps(filtered).encode())
+            endpoints._completion(bad)
+    with pytest.raises(Fault, match="without text"):
+        completion(content=None)
+
+
+def test_why_an_answer_ended_and_what_it_cost():
+    assert completion(reason="content_filter").reason == completion(content=None, refusal="no").reason == "refused"
+    assert completion(reason="length") == endpoints.Completion("x", "length")
+    assert completion(reason="length", content=None).text == ""  # all tokens went into unseen thought
+    usage = {"prompt_tokens": 90, "completion_tokens": 7, "cost": 0.25}
+    assert completion(usage) == endpoints.Completion("x", "stop", 90, 7, 0.25)
+    for bad in ([], "x", {"prompt_tokens": "90", "completion_tokens": True, "cost": float("nan")}, {"cost": -1}):
+        assert completion(bad) == endpoints.Completion("x")
 
 
 # ---------------------------------------------------------------- kills

@@ -84,15 +84,22 @@ def parser(script: str) -> Callable:
     return getattr(module, "parse_args", None) or module.parse
 
 
+def help_of(script: str, *command: str) -> str:
+    """What a script or tool prints for --help."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+        parser(script)([*command, "--help"])
+    return out.getvalue()
+
+
 @cache
 def flags(script: str) -> set[str]:
-    """Every flag of a script or tool, from its --help; of a shell script, from its text."""
+    """Every flag of a script or tool, from its --help and that of its commands; of a shell script, from its text."""
     if script.endswith(".sh"):
         shown = (ROOT / script).read_text()
     else:
-        with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
-            parser(script)(["--help"])
-        shown = out.getvalue()
+        shown = help_of(script)
+        if found := re.search(r"^positional arguments:\n +\{([\w,]+)\}", shown, re.M):
+            shown += "".join(help_of(script, command) for command in found[1].split(","))
     return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", shown))
 
 
@@ -189,6 +196,9 @@ def test_every_flag_is_read(script):
     if "check_memory(" in source:  # as well; whether to refuse is for it alone to know
         lines = (ROOT / "tag/plan/startup.py").read_text().splitlines()
         source += next(line for line in lines if "args.no_memory_check" in line)
+    if "load_model(args" in source:
+        parts = ("fingerprint", "models", "hf_model", "server_model")
+        source += "".join((ROOT / f"tag/evaluation/{name}.py").read_text() for name in parts)
     del args.preset  # read by Parser itself
     assert not [name for name in vars(args) if not re.search(rf"\bargs\.{name}\b", source)]
 
@@ -243,7 +253,7 @@ def test_every_logged_metric_is_documented_and_no_other():
 
 def test_the_fields_of_an_evaluation_are_documented():
     prediction = make_prediction(RECORD, "", 1)
-    written = re.search(r"write_metrics\(.*?\{(.*?)\}\)", (ROOT / "eval.py").read_text(), re.S)[1]
+    written = " ".join(re.findall(r"^ +about \|?= \{(.*)\}$", (ROOT / "eval.py").read_text(), re.M))
     expected = set(compute_metrics([prediction])) | set(re.findall(r'"(\w+)":', written))
     assert documented("`eval.py`: metrics.json") == expected
     text = text_of(ROOT / "docs" / "metrics.md")

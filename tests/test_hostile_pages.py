@@ -19,12 +19,16 @@ from PIL import Image
 from tag.data.records import AU, Record
 from tag.evaluation.metrics import compute_metrics
 from tag.evaluation.predictions import make_prediction
+from tag.preference.pairs import Pair
+from tag.preference.study import make_study
 from tag.report.dataset_page import dataset_page
 from tag.report.dataset_stats import collect
 from tag.report.eval_page import write_eval_page
 from tag.report.inspect_page import inspect_page
 from tag.report.inspector import write_inspector
 from tag.report.page import html_page
+from tag.report.study_page import study_page
+from tag.report.summary import Shares, Table, Text, Verdict, as_html
 from tag.synth.writer import write_record_trace
 from tag.trace import format_box, format_trace
 
@@ -114,11 +118,42 @@ def inspector_page(folder: Path, poison: Poison) -> Path:
     return out
 
 
+def rating_page(folder: Path, poison: Poison) -> Path:
+    """tools/preference_study.py: what two models wrote, before people's eyes."""
+    record = hostile_record(poison)
+    texts = [poison.text("response") + record.trace, "<think>" + poison.text("response without end")]
+    pair = Pair(record, tuple(make_prediction(record, text, 9) for text in texts))
+    study = make_study([pair], (poison.text("model"), poison.text("model")), 1, secret="00")
+    out = folder / "set-1.html"
+    page = study_page(study, 1, {pair.id: pair}, lambda r: Image.new("RGB", (30, 40)), poison.text("title"))
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def summary_page(folder: Path, poison: Poison) -> Path:
+    """judge.html and people.html: names come from folders, flags, a judge and raters."""
+    share = {"value": 0.5, "ci": [0.4, 0.6], "n": 9}
+    parts = [
+        Text("text"),
+        Verdict("verdict", warn=True),
+        Table("table", ("column", "column"), [("cell", "cell")], "note"),
+        Shares("shares", [("name", share)], "note"),
+    ]
+    out = folder / "summary.html"
+    out.write_text(as_html(poison.text("title"), [poison(part, type(part).__name__) for part in parts]))
+    return out
+
+
 # Page -> (its writer, fields that it must be seen to show).
 PAGES = {
     "eval_page": (eval_page, {"completion", "title", "second id"}),
     "inspect_page": (judging_page, {"title", "record.id", "record.trace"}),
     "dataset_page": (report_page, {"title", "dataset", "detector", "activated", "association"}),
+    "study_page": (rating_page, {"title", "response", "response without end"}),
+    "summary": (
+        summary_page,
+        {"title", "Text.text", "Verdict.text", "Table.note", "Table.rows[][]", "Shares.rows[][]"},
+    ),
     "inspector": (inspector_page, {"record.json.complaints[]", "run.json.args.adapter", "run.json.commit"}),
 }
 

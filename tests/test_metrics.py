@@ -283,6 +283,11 @@ def test_bad_prediction_lines_name_file_line_and_field(tmp_path):
         "broken": [["no such rule"], [[]]],
         "num_tokens": [-1, True, 1.5],
         "dataset": [None],
+        "boxes_lenient": [3, [[5, 5, 1, 9]]],
+        "finish_reason": [None],
+        "prompt_tokens": [-1, True],
+        "cost": [-1.0, "1", float("inf"), float("nan")],
+        "missing": [None],
     }
     assert wrong.keys() == Prediction.__dataclass_fields__.keys()
     for name, values in wrong.items():
@@ -309,7 +314,7 @@ def test_markdown_table_and_metrics_file(tmp_path):
     table = markdown_table([("SFT | 7B\nx", m), ("base", empty)])
     lines = table.splitlines()
     assert len(lines) == 4 and lines[2].startswith("| SFT \\| 7B x | 40 |")
-    assert {line.replace("\\|", "").count("|") for line in lines} == {9}
+    assert {line.replace("\\|", "").count("|") for line in lines} == {12}
     assert f"{m['accuracy'] * 100:.1f} [{m['accuracy_ci'][0] * 100:.1f}, {m['accuracy_ci'][1] * 100:.1f}]" in lines[2]
     assert "| – |" in lines[3]
     write_metrics(tmp_path / "m.json", m)

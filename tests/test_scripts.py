@@ -259,7 +259,7 @@ def test_eval_end_to_end(call, work, flags):
     predictions = (work / "out" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(p)["id"] for p in predictions] == [r.id for r in read_records(work / "data" / "val.jsonl")]
     assert "accuracy" in out and (work / "out" / "report.html").is_file() and (work / "out" / "table.md").is_file()
-    assert "--split was None there" in refused(call, work, "eval", flags("eval", split="val"))
+    assert "its data.faces is 8, this one's is 5" in refused(call, work, "eval", flags("eval", faces=5))
     # What was answered stays answered.
     (work / "out" / "predictions.jsonl").write_text("\n".join(predictions[:5]) + "\n")
     assert call("eval", flags("eval"))[0] == 0

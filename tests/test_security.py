@@ -93,9 +93,8 @@ def _dangerous_call(node: ast.Call) -> str:
     if method == "from_pretrained":
         if owner.startswith("Auto") and not is_constant("trust_remote_code", False):
             return f"{name} may ask to run the checkpoint's code"
-        if owner.endswith(("Model", "ForConditionalGeneration", "ForCausalLM")) and not is_constant(
-            "use_safetensors", True
-        ):
+        models = ("Model", "ForConditionalGeneration", "ForCausalLM", "ForImageTextToText")
+        if owner.endswith(models) and not is_constant("use_safetensors", True):
             return f"{name} may unpickle weights"
     if name == "Image.open" and "formats" not in given:
         return "Image.open of any format"
@@ -127,6 +126,7 @@ def test_nothing_in_the_sources_unpickles_or_runs_what_it_reads(path):
         "AutoModel.from_pretrained(x, trust_remote_code=True)",
         "AutoTokenizer.from_pretrained(x)",
         "Qwen2_5_VLForConditionalGeneration.from_pretrained(x)",
+        "AutoModelForImageTextToText.from_pretrained(x, trust_remote_code=False)",
         "pd.read_pickle(x)",
         "Image.open(path)",
     ],

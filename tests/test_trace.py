@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tag.boxes import is_valid
-from tag.labels import CLASSES, DROPPED, SYNONYMS, normalise_label
+from tag.labels import CLASSES, DROPPED, normalise_label
 from tag.trace import (
     MAX_BOXES,
     RULE_TEXT,
@@ -22,7 +22,6 @@ from tag.trace import (
     format_trace,
     named_aus,
     parse,
-    parse_lenient_label,
     strip_boxes,
 )
 
@@ -53,8 +52,6 @@ def check_invariants(text: str) -> None:
         assert [int(v) for v in re.findall("[0-9]+", text[start:end])] == list(box)
         last = end
     assert trace.answer is None or trace.answer in CLASSES
-    assert parse_lenient_label(text) in (*CLASSES, None)
-    assert trace.answer is None or parse_lenient_label(text) == trace.answer
     assert [name for name, _ in au_mentions(text)] == [f"AU{int(text[s:e][2:])}" for _, (s, e) in au_mentions(text)]
     assert set(named_aus(text)) == {name for name, _ in au_mentions(text)}
     strip_boxes(text)
@@ -194,7 +191,6 @@ def test_ten_thousand_random_texts_never_raise():
 def test_large_hostile_texts_take_linear_time(text):
     start = time.perf_counter()
     trace = parse(text)
-    parse_lenient_label(text)
     named_aus(text)
     aus_of_boxes(trace)
     strip_boxes(text)
@@ -216,19 +212,6 @@ def test_the_au_of_a_box_is_the_last_one_named_before_it():
 
     assert names("AU4 and AU7 # then # and AU12 #") == ["AU7", None, "AU12"]
     assert names("# AU4") == [None] and names("") == []
-
-
-def test_lenient_label():
-    assert parse_lenient_label(GOOD) == "fear"
-    assert parse_lenient_label("The woman looks happy.") == "happiness"
-    assert parse_lenient_label("Not fear but Surprise!") == "surprise"
-    assert parse_lenient_label("<answer>He is sad</answer> though anger is possible") == "sadness"
-    assert parse_lenient_label("<think>fear?</think><answer>Angry</answer>") == "anger"
-    # Regression: words inside other words used to count ("unhappiness" as happiness, "fearless" as fear).
-    assert parse_lenient_label("unhappiness, fearless, disgustingly, neutrality") is None
-    assert parse_lenient_label("") is None
-    for word, label in SYNONYMS.items():
-        assert parse_lenient_label(f"clearly {word.upper()} to me") == label == normalise_label(word)
 
 
 def test_normalise_label():

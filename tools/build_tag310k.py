@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import hashlib
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -30,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 from tqdm import tqdm
 
 from tag.args import Parser, check, run
-from tag.boxes import CANVAS_SIZE
 from tag.datagen.backends import Backend, RuleBackend
 from tag.datagen.build import build, manifest, scan, summary
+from tag.datagen.endpoint_flags import add_endpoint_flags, check_endpoint_flags, endpoint_backend
 from tag.datagen.stages import Limits
 from tag.datagen.store import Store
 from tag.errors import DataError
@@ -56,17 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     g.add_argument("--model", help="openai: the name it is served under; local: as in the training scripts")
     g.add_argument("--temperature", type=float, default=0.7)
     g.add_argument("--max-tokens", type=int, default=512, help="of an answer")
-    g = p.add_argument_group("--backend openai")
-    g.add_argument("--endpoint", nargs="+", metavar="URL", default=[], help="servers, each up to and with /v1")
-    g.add_argument(
-        "--key-variable", default="OPENAI_API_KEY", help="environment variable with the key, if one is needed"
-    )
-    g.add_argument("--concurrency", type=int, default=128, help="questions a server gets at a time")
-    g.add_argument("--timeout", type=float, default=120.0, help="seconds for one answer")
-    g.add_argument("--tries", type=int, default=8, help="of one question, before its face is left for the next run")
-    g.add_argument("--give-up-after", type=float, default=300.0, help="seconds without any answer, then stop")
-    g.add_argument("--json-mode", action="store_true", help="ask the server for response_format json_object")
-    g.add_argument("--image-size", type=int, default=CANVAS_SIZE, help="side in pixels of the square that is sent")
+    add_endpoint_flags(p, "--backend openai", concurrency=128)
     g = p.add_argument_group("--backend local")
     g.add_argument("--adapter", metavar="DIR", help="LoRA adapter on top of --model")
     g.add_argument("--batch-size", type=int, default=64, help="answers sampled together")
@@ -75,37 +64,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     check(args.backend == "rules" or bool(args.model), f"--backend {args.backend} needs --model")
     check((args.backend == "openai") == bool(args.endpoint), "--backend openai and --endpoint URL go together")
-    for url in args.endpoint:
-        check(url.startswith(("http://", "https://")), f"--endpoint {url}: not an http(s) address")
-    for name, least in (("retries", 0), ("eliminations", 0), ("concurrency", 1), ("tries", 1), ("batch_size", 1)):
+    check_endpoint_flags(args)
+    for name, least in (("retries", 0), ("eliminations", 0), ("batch_size", 1)):
         check(getattr(args, name) >= least, f"--{name.replace('_', '-')} must be at least {least}")
-    check(args.concurrency <= 1000, "--concurrency: a client keeps at most 1,000 connections to a server")
     check(args.max_depth is None or args.max_depth >= 0, "--max-depth must not be negative")
     check(args.eliminations <= 6, "--eliminations: after 6 one class is left")
-    check(args.temperature >= 0 and args.max_tokens >= 1, "--temperature must be at least 0, --max-tokens at least 1")
-    check(args.timeout > 0 and args.give_up_after > 0, "--timeout and --give-up-after must be above 0")
-    check(28 <= args.image_size <= 4096, "--image-size must lie between 28 and 4096")
     return args
 
 
 def make_backend(args: argparse.Namespace) -> Backend:
-    """The backend asked for (imported here: each needs packages or weights of its own)."""
+    """The backend asked for (imported when asked for: each needs packages or weights of its own)."""
     if args.backend == "openai":
-        from tag.datagen.endpoints import EndpointBackend
-
-        return EndpointBackend(
-            args.endpoint,
-            args.model,
-            os.environ.get(args.key_variable, ""),
-            args.concurrency,
-            args.timeout,
-            args.tries,
-            args.give_up_after,
-            args.temperature,
-            args.max_tokens,
-            args.json_mode,
-            args.image_size,
-        )
+        return endpoint_backend(args)
     if args.backend == "local":
         from tag.datagen.local_model import LocalBackend
 

@@ -3,7 +3,9 @@
     python tools/fake_endpoint.py --port 8000 --fault-rate 0.2
 
 It has no model. It reads classes and AU marks off the prompt and answers by the rules, with a class drawn by the
-request's seed. Faults are drawn evenly from --faults. Prints one JSON line with its counts when it is ended.
+request's seed. Asked the prompt of the task (eval.py) it answers in the --style you like, with a class drawn by the
+image; asked to judge two responses (tools/judge.py), in the way of --judge. Faults are drawn evenly from --faults.
+Prints one JSON line with its counts when it is ended.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import random
 import re
 import signal
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout without installing
 
 from tag.args import Parser, check, run
+from tag.labels import CLASSES
 
 # What each fault does, in the order of --faults' default.
 FAULTS = {
@@ -36,8 +40,21 @@ FAULTS = {
     "not_json": "an answer in prose",
     "invented": "an AU that is not in the list",
 }
+JUDGES = {
+    "fair": "prefers the response with more boxes",
+    "first": "always prefers the response shown first",
+    "random": "scores and prefers by the request's seed, one without regard to the other",
+    "wild": "scores that are no whole numbers from 1 to 5",
+}
+STYLES = {  # of answers to the prompt of the task
+    "trace": "<think>A face. It moves (AU12) <bbox>[100, 200, 300, 400]</bbox>.</think><answer>{}</answer>",
+    "prose": "The brows and lips of this face look rather like {} to me.",
+    "json": '{{"reason": "A face.", "label": "{}", "box": [300, 400, 100, 200]}}',
+}
 MAX_REQUEST = 8 << 20
 _CLASSES = re.compile(r"The label is one of: ([a-z, ]+)\.")
+_CRITERIA = re.compile(r'"(\w+)": 1-5')
+_RESPONSE = re.compile(r"^===== response [AB] \w+\n(.*?)\n===== end of response", re.M | re.S)
 _MARK = re.compile(r"^- (<AU\d+> \[[\d, ]+\])", re.M)
 
 
@@ -52,6 +69,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--hang", type=float, default=3600.0, help="seconds")
     p.add_argument("--delay", type=float, default=0.0, help="seconds before every answer")
     p.add_argument("--seed", type=int, default=0, help="of the faults")
+    p.add_argument("--style", choices=[*STYLES], default="trace", help="of answers to the prompt of the task")
+    p.add_argument("--cost", type=float, help="name this cost with every answer")
+    about = "; ".join(f"{name}: {what}" for name, what in JUDGES.items())
+    p.add_argument("--judge", choices=[*JUDGES], default="fair", help=f"how it compares two responses ({about})")
     args = p.parse_args(argv)
     args.faults = args.faults.split(",")
     check(set(args.faults) <= set(FAULTS), f"--faults: there are {', '.join(FAULTS)}")
@@ -59,9 +80,34 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def answer(body: dict) -> str:
-    """What a model that follows the prompt would write."""
-    prompt = next(part["text"] for part in body["messages"][0]["content"] if part["type"] == "text")
+def judge(prompt: str, seed: int, way: str) -> str:
+    """The answer of a judge of `JUDGES`."""
+    criteria = list(dict.fromkeys(_CRITERIA.findall(prompt)))
+    boxes = [text.count("<bbox>") for text in _RESPONSE.findall(prompt)]
+    rng = random.Random(seed)
+    scores = [{name: min(1 + count, 5) for name in criteria} for count in boxes]
+    preference = "tie" if boxes[0] == boxes[1] else "A" if boxes[0] > boxes[1] else "B"
+    if way == "first":
+        preference = "A"
+    elif way == "random":
+        scores = [{name: rng.randint(1, 5) for name in criteria} for _ in boxes]
+        preference = rng.choice(("A", "B", "tie"))
+    elif way == "wild":
+        scores = [{name: rng.choice((0, 6, 4.5, "5", True, None)) for name in criteria} for _ in boxes]
+    return json.dumps({"A": scores[0], "B": scores[1], "preference": preference, "reason": "It counted boxes."})
+
+
+def answer(body: dict, style: str = "trace", way: str = "fair") -> str:
+    """What a model that follows the prompt would write, in a style of `STYLES`; as a judge, in a way of `JUDGES`."""
+    content = body["messages"][0]["content"]
+    prompt = next(part["text"] for part in content if part["type"] == "text")
+    if '"preference"' in prompt:
+        if not any(part["type"] == "image_url" for part in content):
+            return "I cannot see any face."
+        return judge(prompt, body.get("seed", 0), way)
+    if "<answer></answer>" in prompt:
+        image = next(part["image_url"]["url"] for part in content if part["type"] == "image_url")
+        return STYLES[style].format(CLASSES[zlib.crc32(image.encode()) % len(CLASSES)])
     if '"usable"' in prompt:
         return json.dumps({"usable": True, "reason": ""})
     classes, marks = _CLASSES.search(prompt)[1].split(", "), _MARK.findall(prompt)
@@ -70,13 +116,14 @@ def answer(body: dict) -> str:
     return json.dumps({"global": "A face.", "local": local, "conclusion": f"This is {label}.", "label": label})
 
 
-def completion(text: str | None, reason: str = "stop", refusal: str | None = None) -> bytes:
+def completion(text: str | None, reason: str = "stop", refusal: str | None = None, cost: float | None = None) -> bytes:
     """A chat completion as JSON."""
+    usage = {"prompt_tokens": 100, "completion_tokens": len((text or "").split())}
+    usage |= {} if cost is None else {"cost": cost}
     message = {"role": "assistant", "content": text, "refusal": refusal}
     choice = {"index": 0, "message": message, "finish_reason": reason}
-    return json.dumps(
-        {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-    ).encode()
+    head = {"id": "x", "object": "chat.completion", "created": 0, "model": "m"}
+    return json.dumps({**head, "choices": [choice], "usage": usage}).encode()
 
 
 def response(body: bytes, status: str = "200 OK", length: int | None = None, headers: str = "") -> bytes:
@@ -98,7 +145,7 @@ async def misbehave(fault: str, body: dict, writer: asyncio.StreamWriter, args: 
     elif fault == "reset":
         return False
     elif fault == "cut":
-        whole = completion(answer(body))
+        whole = completion(answer(body, args.style, args.judge))
         writer.write(response(whole[: len(whole) // 2], length=len(whole)))
         await writer.drain()
         return False
@@ -147,7 +194,7 @@ async def serve(args: argparse.Namespace) -> None:
                     if not await misbehave(fault, body, writer, args):
                         return
                 else:
-                    writer.write(response(completion(answer(body))))
+                    writer.write(response(completion(answer(body, args.style, args.judge), cost=args.cost)))
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             return

@@ -54,7 +54,7 @@ class ForkServer:
 
     def run(self, script: str, argv: list, world: int = 1, kill_after: float | None = None, **more: object) -> Run:
         """Run `script` (a module with a `main`) in `world` processes; SIGKILL all after `kill_after` seconds, counted
-        from the start, or from the moment when the path `kill_from` (in `more`) exists."""
+        from the start, or from the moment when the file `kill_from` (in `more`) holds something."""
         self.start(script, argv, world, kill_after=kill_after, **more)
         return self.finish()
 
@@ -88,7 +88,7 @@ def reward_of_text(text: str, record, kind: str = "iou", bonus: float = 0.1):
 
 def serve() -> None:
     """Import, then obey until stdin ends."""
-    scripts = {name: importlib.import_module(name) for name in ("train_sft", "train_grpo")}
+    scripts = {name: importlib.import_module(name) for name in ("train_sft", "train_grpo", "eval")}
     scripts["train_grpo"].score_completion = reward_of_text
     importlib.import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")  # imported late otherwise, each time
     for line in sys.stdin:
@@ -120,7 +120,7 @@ def wait(pids: list[int], started: float, kill_after: float | None, kill_from: s
                 found, status = os.waitpid(pid, os.WNOHANG)
                 if found:
                     codes[pid] = os.waitstatus_to_exitcode(status)
-        if kill_from and started == float("inf") and os.path.exists(kill_from):
+        if kill_from and started == float("inf") and has_content(kill_from):
             started = time.monotonic()
         late = kill_after is not None and time.monotonic() - started > kill_after
         if late or any(codes.values()):
@@ -129,6 +129,11 @@ def wait(pids: list[int], started: float, kill_after: float | None, kill_from: s
                     os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
     return [codes[pid] for pid in pids]
+
+
+def has_content(path: str) -> bool:
+    """Whether there is such a file, or folder, that is not empty."""
+    return os.path.exists(path) and os.path.getsize(path) > 0
 
 
 def child(script, order: dict, rank: int, port: int) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from tag.boxes import Box, is_valid
 from tag.data.images import inside
-from tag.errors import DataError
+from tag.errors import DataError, MissingImage
 from tag.files import replacing
 from tag.labels import CLASS_INDEX
 
@@ -180,7 +180,7 @@ def write_records(path: str | os.PathLike, records: Iterable[Record]) -> int:
 
 
 def resolve_image(record: Record, image_root: str | os.PathLike) -> Path:
-    """Absolute path of the record's image. Raises DataError if it leaves `image_root` or does not exist."""
+    """Absolute path of the record's image. Raises DataError if it leaves `image_root`, MissingImage if it is absent."""
     try:
         path = inside(image_root, record.image)
         found = path is not None and path.is_file()
@@ -189,7 +189,7 @@ def resolve_image(record: Record, image_root: str | os.PathLike) -> Path:
     if path is None:
         raise DataError(f"record {record.id!r}: image path {record.image!r} leaves the image root {image_root}")
     if not found:
-        raise DataError(f"record {record.id!r}: no image {path}; is --image-root right?")
+        raise MissingImage(f"record {record.id!r}: no image {path}; is --image-root right?")
     return path
 
 

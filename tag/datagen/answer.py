@@ -23,7 +23,7 @@ MAX_REASON = 200
 RULE_TEXT = {
     "too_long": f"more than {MAX_CHARS} characters",
     "not_json": "not one JSON object (a code fence around it is allowed)",
-    "fields": "a field is missing, empty or of the wrong type",
+    "fields": "a field is missing, empty, twice there or of the wrong type",
     "label_unknown": "the label is not one of the seven classes",
     "label_eliminated": "the label was ruled out in the prompt",
     "au_outside_local": "an AU or a box in `global` or `conclusion`",
@@ -48,7 +48,7 @@ _PARTS = ("global", "local", "conclusion")
 
 
 class Malformed(Exception):
-    """An answer that cannot be used; `rule` is one of `RULES`."""
+    """An answer that cannot be used; `rule` is one of `RULES`, or of those that the reader of another answer adds."""
 
     def __init__(self, rule: str, detail: str = "") -> None:
         super().__init__(f"{rule}: {detail}" if detail else rule)
@@ -73,15 +73,15 @@ class Answer:
 
 def read_verdict(text: str) -> Verdict:
     """Raises Malformed."""
-    raw = _json_object(text)
+    raw = _untagged(text)
     if not isinstance(raw.get("usable"), bool) or not isinstance(raw.get("reason", ""), str):
         raise Malformed("fields", "usable must be true or false, reason a string")
-    return Verdict(raw["usable"], _one_line(raw.get("reason", ""))[:MAX_REASON])
+    return Verdict(raw["usable"], one_line(raw.get("reason", ""))[:MAX_REASON])
 
 
 def read_answer(text: str, candidates: Sequence[AU], eliminated: Sequence[str] = ()) -> Answer:
     """The answer of a model that was given `candidates`, as a well-formed trace. Raises Malformed."""
-    raw = _json_object(text)
+    raw = _untagged(text)
     if not all(isinstance(raw.get(name), str) and raw[name].strip() for name in (*_PARTS, "label")):
         raise Malformed("fields", f"{', '.join(_PARTS)} and label must be strings")
     label = raw["label"].strip().lower()
@@ -89,7 +89,7 @@ def read_answer(text: str, candidates: Sequence[AU], eliminated: Sequence[str] =
         raise Malformed("label_unknown", label[:40])
     if label in eliminated:
         raise Malformed("label_eliminated", label)
-    parts = {name: _one_line(raw[name]) for name in _PARTS}
+    parts = {name: one_line(raw[name]) for name in _PARTS}
     for name in ("global", "conclusion"):
         if _MARK.search(parts[name]) or au_mentions(parts[name]) or _BOX.search(parts[name]):
             raise Malformed("au_outside_local", name)
@@ -123,17 +123,31 @@ def _rewrite(local: str, boxes: dict[str, tuple[int, ...]]) -> str:
     return _MARK.sub(lambda m: f"(AU{int(m[1])}) {format_box(boxes[f'AU{int(m[1])}'])}", local)
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """The one JSON object that an answer is (a code fence around it is allowed). Raises Malformed."""
     if len(text) > MAX_CHARS:
         raise Malformed("too_long", f"{len(text)} characters")
     text = text.strip()
     fence = _FENCE.match(text)
     try:
-        raw = json.loads(fence[1] if fence else text)
+        raw = json.loads(fence[1] if fence else text, object_pairs_hook=_unique)
     except (ValueError, RecursionError):
         raise Malformed("not_json") from None
     if not isinstance(raw, dict):
         raise Malformed("not_json", type(raw).__name__)
+    return raw
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which a name stands twice has said two things."""
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise Malformed("fields", "a name stands twice")
+    return dict(pairs)
+
+
+def _untagged(text: str) -> dict[str, Any]:
+    """As `json_object`; besides, no angle brackets but those of marks. Raises Malformed."""
+    raw = json_object(text)
     for name in (*_PARTS, "reason"):
         value = raw.get(name)
         if isinstance(value, str) and re.search(r"[<>]", _MARK.sub("", value)):
@@ -141,7 +155,7 @@ def _json_object(text: str) -> dict[str, Any]:
     return raw
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """White space and control characters to single spaces; lone surrogates, which no file can hold, to `?`."""
     text = "".join(c if c.isprintable() else " " for c in text.encode("utf-8", "replace").decode("utf-8"))
     return " ".join(text.split())

@@ -12,22 +12,13 @@ from tag.au.facs import PROTOTYPES
 from tag.data.images import load_image
 from tag.data.records import Record
 from tag.datagen.stages import Request
+from tag.endpoints import BackendDown, Fault
 from tag.labels import CLASSES
 from tag.synth.writer import trace_parts
 
+__all__ = ["Backend", "BackendDown", "Fault", "RuleBackend", "read_expression"]
+
 MIN_SIDE = 32  # pixels of an image's shorter side below which the rules see nothing
-
-
-class Fault(Exception):
-    """A question that got no answer; `kind` is counted. The face is left for the next run."""
-
-    def __init__(self, kind: str, detail: str = "", transient: bool = True, wait: float | None = None) -> None:
-        super().__init__(f"{kind}: {detail}" if detail else kind)
-        self.kind, self.transient, self.wait = kind, transient, wait
-
-
-class BackendDown(Exception):
-    """Nobody is left to ask; the run stops cleanly."""
 
 
 class Backend:

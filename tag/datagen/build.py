@@ -12,10 +12,11 @@ import numpy as np
 
 from tag.au.facs import AU_TEXT
 from tag.data.records import MAX_LINE, Record, from_line, numbered_lines, resolve_image
-from tag.datagen.backends import Backend, BackendDown, Fault
+from tag.datagen.backends import Backend, Fault
 from tag.datagen.prompts import fingerprints
 from tag.datagen.stages import History, Limits, build_one
 from tag.datagen.store import Ids, Store, id_hash
+from tag.datagen.workers import work_through
 from tag.errors import DataError
 
 PREPARE_THREADS = 4
@@ -111,21 +112,13 @@ async def build(
         await store.accept(position, built, len(outcome.history.eliminated))
         return "accepted"
 
-    async def worker() -> None:
-        for position, record in faces:  # one iterator for all workers: nothing is handed out twice
-            result = await one(position, record)
-            run.counts[result] += 1
-            progress(result)
+    async def account(item: tuple[int, Record]) -> None:
+        result = await one(*item)
+        run.counts[result] += 1
+        progress(result)
 
     try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(backend.concurrency, store.ids.count)):
-                group.create_task(worker())
-    except* (BackendDown, DataError) as e:  # nobody left to ask; the input has changed under our hands
-        run.stopped = str(e.exceptions[0])
-    except* OSError as e:
-        error = e.exceptions[0]
-        run.stopped = f"{error.filename or store.folder}: {error.strerror or error}"
+        run.stopped = await work_through(faces, min(backend.concurrency, store.ids.count), account, store.folder)
     finally:
         pool.shutdown(cancel_futures=True)
         await backend.close()

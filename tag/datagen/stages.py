@@ -76,7 +76,7 @@ async def build_one(record: Record, image: Any, ask: Ask, limits: Limits) -> Out
     async def valid(stage: str, prompt: str, read: Callable[[str], Parsed]) -> Parsed | None:
         """The first well-formed answer, or None when the retries are used up."""
         for _ in range(limits.retries + 1):
-            seed = _seed(record.id, stage, history.calls)
+            seed = request_seed(record.id, stage, history.calls)
             history.calls += 1
             try:
                 return read(await ask(Request(stage, prompt, record, image, tuple(history.eliminated), seed)))
@@ -109,7 +109,7 @@ async def build_one(record: Record, image: Any, ask: Ask, limits: Limits) -> Out
         history.eliminated.append(answer.label)
 
 
-def _seed(record_id: str, stage: str, call: int) -> int:
-    """31 bits, so that every server takes it."""
+def request_seed(record_id: str, stage: str, call: int) -> int:
+    """The seed of one question: 31 bits, so that every server takes it."""
     digest = hashlib.sha256(f"{record_id}\0{stage}\0{call}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1

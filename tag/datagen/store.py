@@ -19,14 +19,14 @@ import os
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tag.appendlog import claim_folder, lock_folder, whole_lines
 from tag.data.records import MAX_LINE, Record, from_line, to_line
-from tag.errors import DataError, UsageError
+from tag.errors import DataError
 from tag.files import replacing
 
 LINES_A_SHARD = 10_000
@@ -69,8 +69,8 @@ class Store:
         self.counts: Counter[str] = Counter()  # "accepted:depth 0", "rejected:quality", ...
         self._done = np.zeros(ids.count, dtype=np.uint8)
         self._places = np.full(ids.count, -1, dtype=np.int64)  # of accepted lines: shard << 40 | offset
-        self._claim(manifest)
-        self._lock = self._take_lock()
+        claim_folder(self.folder, manifest, "build")
+        self._lock = lock_folder(self.folder)
         try:
             self._writers = {kind: self._recover(kind) for kind in KINDS}
         except BaseException:
@@ -181,42 +181,6 @@ class Store:
                 written[record.split] += 1
         return dict(written)
 
-    def _claim(self, manifest: dict[str, Any]) -> None:
-        path = self.folder / "manifest.json"
-        manifest = json.loads(json.dumps(manifest))
-        if not path.is_file():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
-                raise UsageError(f"{self.folder}: not empty and no build of ours; choose another --out")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as f:
-                f.write(json.dumps(manifest, indent=1) + "\n")
-            return
-        try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError):
-            raise DataError(f"{path}: cannot be read; choose another --out") from None
-        changed = [k for k in manifest if theirs.get(k) != manifest[k]] if isinstance(theirs, dict) else ["manifest"]
-        if changed:
-            was = str(theirs.get(changed[0]))[:80] if isinstance(theirs, dict) else "?"
-            raise UsageError(
-                f"{self.folder}: another build ({changed[0]} was {was}, is {str(manifest[changed[0]])[:80]}); repeat "
-                "its command to continue it, or choose another --out"
-            )
-
-    def _take_lock(self):
-        """An open lock file; the system frees it when the process ends, however it ends."""
-        lock = open(self.folder / "lock", "w")
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows: two builds into one folder are the user's to avoid
-            pass
-        except OSError:
-            lock.close()
-            raise UsageError(f"{self.folder}: another process is building into it") from None
-        return lock
-
     def _recover(self, kind: str) -> "_ShardWriter":
         """Read all shards of a kind, mark what is done, cut off a torn line; the writer goes on behind them."""
         folder = self.folder / kind
@@ -225,26 +189,10 @@ class Store:
         lines = 0
         for number, path in enumerate(shards):
             lines = 0
-            for offset, line in self._whole_lines(path, last=number == len(shards) - 1):
+            for offset, line in whole_lines(path, self.notes, last=number == len(shards) - 1):
                 lines += 1
                 self._take_over(kind, line, (number << _OFFSET_BITS) | offset, f"{path}:{lines}")
         return _ShardWriter(folder, len(shards) - 1, lines)
-
-    def _whole_lines(self, path: Path, last: bool) -> Iterator[tuple[int, bytes]]:
-        offset = 0
-        with open(path, "rb") as f:
-            while line := f.readline(MAX_LINE + 1):
-                if not line.endswith(b"\n"):
-                    if not last or f.read(1):
-                        raise DataError(f"{path}: damaged at byte {offset} (a line without end)")
-                    self.notes.append(
-                        f"{path}: the last line was torn by a kill and has been cut off ({len(line)} bytes)"
-                    )
-                    break
-                yield offset, line
-                offset += len(line)
-        if offset < path.stat().st_size:
-            os.truncate(path, offset)
 
     def _take_over(self, kind: str, line: bytes, place: int, where: str) -> None:
         try:

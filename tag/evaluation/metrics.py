@@ -1,7 +1,8 @@
 """Metrics of a run and of a pair of runs, with intervals: pure functions from predictions to numbers.
 
 Conventions, where the literature has several:
-- accuracy is strict: a face without a readable `<answer>` counts as wrong; `accuracy_lenient` also takes free text.
+- accuracy is strict: a face without one readable `<answer>` counts as wrong. `lenient` holds what a well-meaning reader
+  would have scored (`tag.lenient`), for models that do not know the format.
 - mean class accuracy and macro-F1 average over the classes that occur as truth.
 - au_iou is the paper's (Eq. 3-4), averaged over the faces with activated AUs; a trace without boxes counts 0 there.
 - intervals are 95 % percentile bootstrap over faces (Efron and Tibshirani 1993, ch. 13); accuracy of two runs on the
@@ -40,7 +41,6 @@ def compute_metrics(predictions: Sequence[Prediction], resamples: int = RESAMPLE
     ious = np.array([p.au_iou for p in predictions if p.au_iou is not None])
     counts = confusion(predictions)
     per_class = class_scores(counts)
-    present = [scores for scores in per_class.values() if scores["n"]]
     num_boxes = [len(p.boxes) for p in predictions]
     tokens = [p.num_tokens for p in predictions if p.num_tokens is not None]
     duplicates = sum(is_duplicate(p.boxes, i) for p in predictions for i in range(len(p.boxes)))
@@ -51,8 +51,9 @@ def compute_metrics(predictions: Sequence[Prediction], resamples: int = RESAMPLE
         "accuracy": float(correct.mean()),
         "accuracy_ci": bootstrap_interval(correct, resamples, seed),
         "accuracy_lenient": _mean([p.answer_lenient == p.label for p in predictions]),
-        "mean_class_accuracy": _mean([scores["accuracy"] for scores in present]),
-        "macro_f1": _mean([scores["f1"] for scores in present]),
+        "accuracy_well_formed": _mean([p.correct and p.well_formed for p in predictions]),
+        "answered": _mean([p.answer is not None for p in predictions]),
+        **_class_means(per_class),
         "au_iou": _mean(ious),
         "au_iou_ci": bootstrap_interval(ious, resamples, seed) if len(ious) else None,
         "au_iou_matched": _mean([p.au_iou_matched for p in predictions if p.au_iou_matched is not None]),
@@ -65,17 +66,38 @@ def compute_metrics(predictions: Sequence[Prediction], resamples: int = RESAMPLE
         "duplicate_box_rate": duplicates / max(1, sum(num_boxes)),
         "whole_face_box_rate": whole_face / max(1, sum(num_boxes)),
         "broken_rules": {rule: broken[rule] for rule in RULES if broken[rule]},
+        "finish_reasons": dict(sorted(Counter(p.finish_reason for p in predictions if p.finish_reason).items())),
+        "missing": sum(bool(p.missing) for p in predictions),
+        "prompt_tokens": _sum([p.prompt_tokens for p in predictions]),
+        "completion_tokens": _sum([p.num_tokens for p in predictions]),
+        "cost": _sum([p.cost for p in predictions]),
+        "lenient": lenient_metrics(predictions, resamples, seed),
         "per_class": per_class,
         "confusion": {"rows": list(CLASSES), "columns": [*CLASSES, NO_ANSWER], "counts": counts.tolist()},
         "bootstrap": {"level": LEVEL, "resamples": resamples, "seed": seed},
     }
 
 
-def confusion(predictions: Sequence[Prediction]) -> np.ndarray:
-    """(7, 8) counts: rows true classes, columns strict answers, the last column no valid answer."""
+def lenient_metrics(predictions: Sequence[Prediction], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
+    """What the lenient reading of labels and boxes scores, names as in `compute_metrics`."""
+    correct = np.array([p.answer_lenient == p.label for p in predictions])
+    ious = np.array([p.au_iou_lenient for p in predictions if p.au_iou_lenient is not None])
+    return {
+        "accuracy": float(correct.mean()),
+        "accuracy_ci": bootstrap_interval(correct, resamples, seed),
+        "answered": _mean([p.answer_lenient is not None for p in predictions]),
+        **_class_means(class_scores(confusion(predictions, lenient=True))),
+        "au_iou": _mean(ious),
+        "au_iou_ci": bootstrap_interval(ious, resamples, seed) if len(ious) else None,
+        "boxes_per_trace": _mean([len(p.boxes_lenient) for p in predictions]),
+    }
+
+
+def confusion(predictions: Sequence[Prediction], lenient: bool = False) -> np.ndarray:
+    """(7, 8) counts: rows true classes, columns strict (or lenient) answers, the last column no valid answer."""
     counts = np.zeros((len(CLASSES), len(CLASSES) + 1), dtype=np.int64)
     for p in predictions:
-        counts[CLASS_INDEX[p.label], CLASS_INDEX.get(p.answer, len(CLASSES))] += 1
+        counts[CLASS_INDEX[p.label], CLASS_INDEX.get(p.answer_lenient if lenient else p.answer, len(CLASSES))] += 1
     return counts
 
 
@@ -94,6 +116,15 @@ def class_scores(counts: np.ndarray) -> dict[str, dict[str, Any]]:
             "f1": 2 * hits / (n + answered) if n else None,
         }
     return scores
+
+
+def _class_means(per_class: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """Mean class accuracy and macro-F1 over the classes that occur."""
+    present = [scores for scores in per_class.values() if scores["n"]]
+    return {
+        "mean_class_accuracy": _mean([s["accuracy"] for s in present]),
+        "macro_f1": _mean([s["f1"] for s in present]),
+    }
 
 
 def bootstrap_interval(
@@ -172,8 +203,9 @@ def compare_runs(
 def markdown_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """(model name, metrics) pairs as a Markdown table: accuracies in %, IoU in [0, 1], 95 % intervals in brackets."""
     lines = [
-        "| model | n | accuracy [95 % CI] | mean class acc. | AU IoU [95 % CI] | format | boxes/trace | tokens/trace |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| model | n | accuracy [95 % CI] | lenient acc. | mean class acc. | macro-F1 | AU IoU [95 % CI] | 1-to-1 IoU "
+        "| format | boxes/trace | tokens/trace |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, m in rows:
         cells = [
@@ -181,8 +213,11 @@ def markdown_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
             " ".join(name.split()).replace("\\", "\\\\").replace("|", "\\|"),
             str(m["n"]),
             _with_interval(m["accuracy"], m["accuracy_ci"], 100, 1),
+            _number(m["accuracy_lenient"], 100, 1),
             _number(m["mean_class_accuracy"], 100, 1),
+            _number(m["macro_f1"], 100, 1),
             _with_interval(m["au_iou"], m["au_iou_ci"], 1, 3),
+            _number(m["au_iou_matched"], 1, 3),
             _number(m["format_valid"], 100, 1),
             _number(m["boxes_per_trace"], 1, 2),
             _number(m["tokens_per_trace"], 1, 1),
@@ -222,6 +257,12 @@ def _by_id(predictions: Sequence[Prediction]) -> dict[str, Prediction]:
 
 def _mean(values: Sequence[float] | np.ndarray) -> float | None:
     return float(np.mean(values)) if len(values) else None
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """Of those that are known; None if none is."""
+    known = [v for v in values if v is not None]
+    return sum(known) if known else None
 
 
 def _number(value: float | None, scale: float, digits: int) -> str:

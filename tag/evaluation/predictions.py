@@ -17,8 +17,9 @@ from tag.data.records import Record
 from tag.errors import DataError
 from tag.files import replacing
 from tag.labels import CLASS_INDEX
+from tag.lenient import lenient_boxes, lenient_label
 from tag.rewards import au_f1, au_reward
-from tag.trace import RULES, named_aus, parse, parse_lenient_label
+from tag.trace import RULES, named_aus, parse
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Prediction:
 
     id: str
     label: str  # the true class
-    answer: str | None  # strict: the class in the answer block
-    answer_lenient: str | None  # what a reader would take from free text
+    answer: str | None  # strict: the class in the one answer block
+    answer_lenient: str | None  # what a reader would take from free text (`tag.lenient`)
     text: str = ""
     boxes: list[Box] = field(default_factory=list)  # all valid boxes of the text, in text order
     aus: list[str] = field(default_factory=list)  # activated AUs of the face
@@ -37,6 +38,11 @@ class Prediction:
     broken: list[str] = field(default_factory=list)  # broken rules of the grammar (`tag.trace.RULES`)
     num_tokens: int | None = None  # length of the completion; None if not known
     dataset: str = ""
+    boxes_lenient: list[Box] = field(default_factory=list)  # any four numbers in brackets (`tag.lenient`)
+    finish_reason: str = ""  # "stop", "length" (cut off by the limit of tokens), "refused"; "" if not known
+    prompt_tokens: int | None = None  # as a server counts them; None from models of our own
+    cost: float | None = None  # what a server says the answer cost
+    missing: str = ""  # why the model was never asked: no image, a broken one, a server that does not take it
 
     @property
     def correct(self) -> bool:
@@ -59,19 +65,27 @@ class Prediction:
         return au_reward(self.boxes, self.au_boxes, "iou-matched") if self.au_boxes else None
 
     @cached_property
+    def au_iou_lenient(self) -> float | None:
+        """AU IoU of the paper on the boxes of the lenient reading; None on a face without activated AUs."""
+        return au_reward(self.boxes_lenient, self.au_boxes, "iou") if self.au_boxes else None
+
+    @cached_property
     def au_f1(self) -> float | None:
         """F1 of the AU names; None on a face without activated AUs."""
         return au_f1(self.named_aus, self.aus) if self.aus else None
 
 
-def make_prediction(record: Record, text: str, num_tokens: int | None = None) -> Prediction:
-    """Read a completion on a face. Never raises on model text."""
+def make_prediction(record: Record, text: str, num_tokens: int | None = None, **more: Any) -> Prediction:
+    """Read a completion on a face; `more`: other fields of Prediction. Never raises on model text.
+
+    Strictly, a text with two answer blocks has no answer, whatever they say.
+    """
     trace = parse(text)
     return Prediction(
         id=record.id,
         label=record.label,
-        answer=trace.answer,
-        answer_lenient=parse_lenient_label(text),
+        answer=None if "answer_repeated" in trace.broken else trace.answer,
+        answer_lenient=lenient_label(text),
         text=text,
         boxes=trace.boxes,
         aus=[a.au for a in record.aus],
@@ -80,15 +94,16 @@ def make_prediction(record: Record, text: str, num_tokens: int | None = None) ->
         broken=list(trace.broken),
         num_tokens=num_tokens,
         dataset=record.dataset,
+        boxes_lenient=lenient_boxes(text),
+        **more,
     )
 
 
 def to_line(prediction: Prediction) -> str:
     """The prediction as one JSON line, derived values included, without the newline."""
     stored = {name: getattr(prediction, name) for name in Prediction.__dataclass_fields__}
-    derived = {
-        name: getattr(prediction, name) for name in ("correct", "well_formed", "au_iou", "au_iou_matched", "au_f1")
-    }
+    names = ("correct", "well_formed", "au_iou", "au_iou_matched", "au_iou_lenient", "au_f1")
+    derived = {name: getattr(prediction, name) for name in names}
     return json.dumps({**stored, **derived})
 
 
@@ -100,7 +115,7 @@ def from_line(line: str, where: str = "prediction") -> Prediction:
         raise DataError(f"{where}: not valid JSON ({e})") from None
     if not isinstance(raw, dict):
         raise DataError(f"{where}: not a JSON object")
-    num_tokens = raw.get("num_tokens")
+    cost = raw.get("cost")
     checks = {
         "id": isinstance(raw.get("id"), str) and raw["id"],
         "label": _is_class(raw.get("label")),
@@ -112,8 +127,13 @@ def from_line(line: str, where: str = "prediction") -> Prediction:
         "au_boxes": _are_boxes(raw.get("au_boxes", [])),
         "named_aus": _are_names(raw.get("named_aus", [])),
         "broken": _are_names(raw.get("broken", [])) and set(raw.get("broken", [])) <= set(RULES),
-        "num_tokens": num_tokens is None or (type(num_tokens) is int and num_tokens >= 0),
+        "num_tokens": _is_count(raw.get("num_tokens")),
         "dataset": isinstance(raw.get("dataset", ""), str),
+        "boxes_lenient": _are_boxes(raw.get("boxes_lenient", [])),
+        "finish_reason": isinstance(raw.get("finish_reason", ""), str),
+        "prompt_tokens": _is_count(raw.get("prompt_tokens")),
+        "cost": cost is None or (type(cost) in (int, float) and 0 <= cost < float("inf")),
+        "missing": isinstance(raw.get("missing", ""), str),
     }
     for name, holds in checks.items():
         if not holds:
@@ -122,7 +142,7 @@ def from_line(line: str, where: str = "prediction") -> Prediction:
         raise DataError(f"{where}: field 'au_boxes' must have one box for each of 'aus'")
     stored = {name: raw[name] for name in Prediction.__dataclass_fields__ if name in raw}
     stored = {"answer": None, "answer_lenient": None, **stored}
-    for name in ("boxes", "au_boxes"):
+    for name in ("boxes", "au_boxes", "boxes_lenient"):
         stored[name] = [tuple(box) for box in stored.get(name, [])]
     return Prediction(**stored)
 
@@ -158,6 +178,10 @@ def read_predictions(path: str | os.PathLike) -> list[Prediction]:
 
 def _is_class(value: Any) -> bool:
     return isinstance(value, str) and value in CLASS_INDEX
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or (type(value) is int and value >= 0)
 
 
 def _are_names(value: Any) -> bool:

@@ -22,6 +22,7 @@ from tag.errors import DataError
 from tag.evaluation import predictions
 from tag.fuzz.seeds import RECORDS, TOKENS, seeds
 from tag.labels import CLASS_INDEX, CLASSES
+from tag.lenient import lenient_boxes, lenient_label
 from tag.report.face_html import trace_html
 from tag.rewards import AU_KINDS, au_reward, audit, score_boxes, score_completion
 from tag.trace import (
@@ -32,7 +33,6 @@ from tag.trace import (
     aus_of_boxes,
     format_trace,
     parse,
-    parse_lenient_label,
     strip_boxes,
 )
 
@@ -68,9 +68,10 @@ def trace(data: bytes) -> Hashable:
         assert all(0.0 <= b.iou <= 1.0 and b.matched_iou <= b.iou + ROUNDING for b in rewards.boxes)
     if len(text) <= AUDIT_CHARS:
         assert all(-100 < v < 100 for v in audit(scored, len(scored)).values())
-    label = parse_lenient_label(text)
+    label = lenient_label(text)
     assert label is None or label in CLASS_INDEX
-    assert found.answer is None or label == found.answer
+    assert found.answer is None or "answer_repeated" in found.broken or label == found.answer
+    assert all(is_valid(box) for box in lenient_boxes(text))
     assert all(text[a:b].startswith("AU") for _, (a, b) in au_mentions(text))
     assert not parse(strip_boxes(text)).boxes
     return found.broken, min(len(found.boxes), MAX_BOXES + 1), found.answer is not None, bool(au_mentions(text))

@@ -40,7 +40,7 @@ def face_svg(aus: Sequence[AU], scores: Sequence[BoxScore]) -> str:
         detector_labels.append(f'<g {ties}><text x="{x + 3:.0f}" y="{y + 21:.0f}">{esc(label)}</text></g>')
     return (
         f'<svg viewBox="0 0 {CANVAS_SIZE} {CANVAS_SIZE}" role="img" '
-        f'aria-label="{len(aus)} detector boxes, {len(scores)} predicted boxes">'
+        f'aria-label="{f"{len(aus)} detector boxes, {len(scores)} predicted" if aus else len(scores)} boxes">'
         f"{''.join(detector_lines + predicted_lines + detector_labels + predicted_labels)}</svg>"
     )
 
@@ -57,17 +57,51 @@ def trace_html(trace: Trace, scores: Sequence[BoxScore], activated: Collection[s
         kind = "hit" if name in activated else "miss"
         note = "activated" if name in activated else "not activated"
         marks.append((start, end, f'<b class="au {kind}" title="{esc(name)}: {note} on this face">', "</b>"))
-    marks.extend((m.start(), m.end(), '<span class="tag">', "</span>") for m in _TAG.finditer(text))
+    marks += _tag_marks(text)
+    rest = len(trace.text) - MAX_TEXT
+    return _marked(text, marks) + (f'<span class="note"> … {rest:,} more characters</span>' if rest > 0 else "")
+
+
+def blind_face_svg(trace: Trace) -> str:
+    """SVG overlay of a response's own boxes, numbered from 1, without a word on how well they lie."""
+    return face_svg((), [BoxScore(box, None, None, 0.0, True, None, 0.0) for box in trace.boxes])
+
+
+def blind_trace_html(trace: Trace) -> str:
+    """A response for people who are to judge it: box numbers in place of coordinates, nothing on the truth.
+
+    A well-formed trace is shown as its reasoning and its answer, without tags; any other as it was written.
+    """
+    marks = []
+    for i, (start, end) in enumerate(trace.box_spans):
+        numbers = ", ".join(map(str, trace.boxes[i]))
+        opening = f'<mark tabindex="0" data-box="{i}" title="box {i + 1}: [{numbers}]">box {i + 1}'
+        marks.append((start, end, opening, "</mark>"))
+    if not trace.well_formed:
+        return f'<p class="written">{_marked(trace.text, marks + _tag_marks(trace.text), hide_boxes=True)}</p>'
+    start = trace.text.index("<think>") + len("<think>")
+    inside = [(a - start, b - start, opening, closing) for a, b, opening, closing in marks]
+    reasoning = _marked(trace.think, inside, hide_boxes=True)
+    return f'<p class="written">{reasoning}</p><p class="answer">Answer: <b>{esc(trace.answer)}</b></p>'
+
+
+Mark = tuple[int, int, str, str]  # start, end, opening tag, closing tag
+
+
+def _tag_marks(text: str) -> list[Mark]:
+    return [(m.start(), m.end(), '<span class="tag">', "</span>") for m in _TAG.finditer(text)]
+
+
+def _marked(text: str, marks: Sequence[Mark], hide_boxes: bool = False) -> str:
+    """`text` escaped, with `marks` around its parts; with `hide_boxes` what stands inside <mark> is left out."""
     out, position = [], 0
     for start, end, opening, closing in sorted(marks, key=lambda m: (m[0], -m[1])):  # a box before its own tags
         if start < position or end > len(text):  # a tag inside a box mark, or cut off at the end
             continue
-        out += [esc(text[position:start]), opening, esc(text[start:end]), closing]
+        inner = "" if hide_boxes and opening.startswith("<mark") else esc(text[start:end])
+        out += [esc(text[position:start]), opening, inner, closing]
         position = end
-    out.append(esc(text[position:]))
-    if len(trace.text) > MAX_TEXT:
-        out.append(f'<span class="note"> … {len(trace.text) - MAX_TEXT:,} more characters</span>')
-    return "".join(out)
+    return "".join([*out, esc(text[position:])])
 
 
 def _lines(box: Box) -> str:
