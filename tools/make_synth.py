@@ -37,7 +37,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, help="directory to write to; also the --image-root of its records")
     for split in SPLITS:
         p.add_argument(f"--{split}", type=int, default=0, metavar="N", help=f"faces of the {split} split (default 0)")
-    p.add_argument("--domain", choices=DOMAINS, default="shaded", help="how faces are drawn and which AUs they tend to show")
+    p.add_argument(
+        "--domain", choices=DOMAINS, default="shaded", help="how faces are drawn and which AUs they tend to show"
+    )
     p.add_argument("--seed-offset", type=int, default=0, help="skip this many faces of every split (default 0)")
     p.add_argument("--workers", type=int, default=2, help="processes that draw (default 2)")
     p.add_argument("--contact-sheet", type=Path, metavar="FILE", help="also save an overview of the faces as an image")

@@ -134,7 +134,9 @@ def render_many(
     intensities = np.empty((len(seeds), len(AUS)), dtype=np.float32)
     boxes = np.empty((len(seeds), len(AUS), 4), dtype=np.int64)
     start = 0
-    for part in _map(_array_chunk, [(domain, habits, seeds[i : i + CHUNK]) for i in range(0, len(seeds), CHUNK)], workers):
+    for part in _map(
+        _array_chunk, [(domain, habits, seeds[i : i + CHUNK]) for i in range(0, len(seeds), CHUNK)], workers
+    ):
         end = start + len(part[1])
         images[start:end], labels[start:end], intensities[start:end], boxes[start:end] = part
         start = end

@@ -26,7 +26,6 @@ DETECTOR_NOISE = 0.04
 DETECTOR_THRESHOLD = 0.35
 
 
-
 @dataclass(frozen=True)
 class Habits:
     """How the people of a domain show expressions. Probabilities not named here are the common ones above.
