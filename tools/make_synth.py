@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from tag.data.records import DataError, read_records, resolve_image, write_records
 from tag.synth.dataset import SPLITS, SYNTH_VERSIONS, split_seeds, write_dataset
-from tag.synth.params import DOMAINS, bayes_accuracy
+from tag.synth.params import DOMAINS, bayes_accuracy, sample_face
+from tag.synth.second import describe_second
 from tag.synth.sheet import contact_sheet
 
 MANIFEST = "synth.json"
@@ -41,6 +42,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--domain", choices=DOMAINS, default="shaded", help="how faces are drawn and which AUs they tend to show"
     )
     p.add_argument("--seed-offset", type=int, default=0, help="skip this many faces of every split (default 0)")
+    p.add_argument(
+        "--second-detector", action="store_true", help="also write OUT/SPLIT-second.jsonl: another detector's records"
+    )
     p.add_argument("--workers", type=int, default=2, help="processes that draw (default 2)")
     p.add_argument("--contact-sheet", type=Path, metavar="FILE", help="also save an overview of the faces as an image")
     args = p.parse_args(argv)
@@ -101,12 +105,23 @@ def make(args: argparse.Namespace) -> None:
     print(f"Bayes accuracy given the true AU set: {100 * bayes_accuracy(domain=args.domain):.1f} %")
 
 
+def second_records(args: argparse.Namespace) -> None:
+    """The same faces as another detector sees them (tag/synth/second.py), for tools/check_grounding.py."""
+    for split in SPLITS:
+        seeds = split_seeds(split, getattr(args, split), args.seed_offset)
+        if len(seeds):
+            records = [describe_second(sample_face(s, args.domain), split) for s in seeds]
+            write_records(args.out / f"{split}-second.jsonl", records)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for an error the user can mend."""
     args = parse_args(argv)
     try:
         if args.out is not None:
             make(args)
+            if args.second_detector:
+                second_records(args)
         if args.contact_sheet is not None:
             args.contact_sheet.parent.mkdir(parents=True, exist_ok=True)
             contact_sheet().save(args.contact_sheet, optimize=True)
