@@ -101,11 +101,11 @@ def test_the_default_is_what_it_always_was():
 def test_habits_are_seen_in_the_faces():
     """Presence follows `HABITS`, line art is strong and grey weak, and each domain has a bound of its own."""
     for domain in DOMAINS:
-        faces = [sample_face(s, domain) for s in range(3000)]
+        faces = [sample_face(s, domain) for s in range(1500)]
         present = np.array([[f.aus[n] > 0 for n in AUS] for f in faces])
         labels = np.array([CLASSES.index(f.label) for f in faces])
         found = np.array([present[labels == c].mean(0) for c in range(7)])
-        assert np.abs(found - presence_probabilities(domain)).max() < 0.08
+        assert np.abs(found - presence_probabilities(domain)).max() < 0.13
     strength = {d: np.mean([v for s in range(300) for v in sample_face(s, d).aus.values() if v]) for d in DOMAINS}
     assert strength["lineart"] > strength["shaded"] + 0.05 > strength["grey"] + 0.1
     bounds = {d: bayes_accuracy(domain=d) for d in DOMAINS}

@@ -168,7 +168,7 @@ def paper_study(args) -> None:
     logs = args.out / "logs"
     run_stages(data_stages(args.out, profile), logs, args.jobs, finished=finished)
     join_domains(args.out / "data")
-    planned = stages(args.out, profile, runs, seeds, args.threads)
+    planned = stages(args.out, runs, seeds, args.threads)
     run_stages(planned, logs, args.jobs, finished=finished)
     write_manifest(args.out, runs, seeds)
     settings = {"profile": args.profile, "seeds": seeds, **asdict(profile)}

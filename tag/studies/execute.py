@@ -14,11 +14,16 @@ ROOT = Path(__file__).resolve().parents[2]
 LOOK = 0.2  # seconds between two looks at what is running
 
 
+def say(text: str) -> None:
+    """A line that is there at once, in a log file too."""
+    print(text, flush=True)
+
+
 def run_stages(
     stages: Sequence[Stage],
     logs: Path,
     jobs: int = 1,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
     finished: Callable[[Stage, float], None] = lambda stage, seconds: None,
     python: str = sys.executable,
 ) -> None:

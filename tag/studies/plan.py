@@ -126,30 +126,36 @@ def data_stages(out: Path, profile: Profile) -> list[Stage]:
     ]
 
 
-def stages(out: Path, profile: Profile, runs: Sequence[Run], seeds: Sequence[int], threads: int) -> list[Stage]:
-    """Training and evaluation of all runs and seeds, in the order of their importance: seed by seed."""
+def stages(out: Path, runs: Sequence[Run], seeds: Sequence[int], threads: int) -> list[Stage]:
+    """Training and evaluation of all runs and seeds, in an order that makes a study worth stopping early.
+
+    The first seed of every run, so that all tables exist; then the other seeds run by run, as they stand in `runs`.
+    """
+    first = [(run, seeds[0]) for run in runs]
+    others = [(run, seed) for run in runs for seed in seeds[1:] if run.script is not None]
+    return [stage for run, seed in first + others for stage in run_stages_of(out, run, seed, threads)]
+
+
+def run_stages_of(out: Path, run: Run, seed: int, threads: int) -> list[Stage]:
+    """One run with one seed: its training, if it has any, and its evaluations."""
     found: list[Stage] = []
     data, common = out / "data", ("--threads", str(threads))
-    for seed in seeds:
-        for run in runs:
-            if run.script is None and seed != seeds[0]:
-                continue
-            folder, name = run_folder(out, run.name, seed), f"{run.name}, seed {seed}"
-            if run.script is not None:
-                words = [run.script, "--preset", "tiny", "--data", str(data / run.data), "--seed", str(seed), *common]
-                if run.data == "all":
-                    words += ["--image-root", str(data)]
-                if run.parent is not None:
-                    words += ["--adapter", str(run_folder(out, run.parent, seed) / "adapter")]
-                needs = () if run.parent is None else (f"{run.parent}, seed {seed}",)
-                words += ["--out", str(folder), *run.flags]
-                found.append(Stage(name, tuple(words), needs, folder / "adapter" / "adapter_model.safetensors"))
-            for test in run.tests:
-                words = ["eval.py", "--preset", "tiny", "--data", str(data / test / "test.jsonl"), "--name", run.name]
-                if run.script is not None:
-                    words += ["--adapter", str(folder / "adapter")]
-                words += ["--report-faces", "24", *common, "--out", str(folder / f"eval-{test}")]
-                needs = () if run.script is None else (name,)
-                where = folder / f"eval-{test}" / "metrics.json"
-                found.append(Stage(f"{name}, evaluated on {test}", tuple(words), needs, where))
+    folder, name = run_folder(out, run.name, seed), f"{run.name}, seed {seed}"
+    if run.script is not None:
+        words = [run.script, "--preset", "tiny", "--data", str(data / run.data), "--seed", str(seed), *common]
+        if run.data == "all":
+            words += ["--image-root", str(data)]
+        if run.parent is not None:
+            words += ["--adapter", str(run_folder(out, run.parent, seed) / "adapter")]
+        needs = () if run.parent is None else (f"{run.parent}, seed {seed}",)
+        words += ["--out", str(folder), *run.flags]
+        found.append(Stage(name, tuple(words), needs, folder / "adapter" / "adapter_model.safetensors"))
+    for test in run.tests:
+        words = ["eval.py", "--preset", "tiny", "--data", str(data / test / "test.jsonl"), "--name", run.name]
+        if run.script is not None:
+            words += ["--adapter", str(folder / "adapter")]
+        words += ["--report-faces", "24", *common, "--out", str(folder / f"eval-{test}")]
+        needs = () if run.script is None else (name,)
+        done = folder / f"eval-{test}" / "metrics.json"
+        found.append(Stage(f"{name}, evaluated on {test}", tuple(words), needs, done))
     return found

@@ -114,13 +114,14 @@ def build_tables(results: Results, main: str | None = None, numbers: Sequence[in
         ),
     ]
     # A table is worth printing when there is a run that it does not share with the others.
-    shared = {1: set(), 2: {"base", "sft", tag}, 3: {"sft", tag}, 4: {"sft", "rlvr", tag}, 5: {"sft", tag}}
+    shared = {1: set(), 2: {"base", "sft", tag}, 3: {"sft", tag}, 4: {"sft", "rlvr", tag}, 5: {"sft"}}
     there = set(results.runs)
-    chosen = [
-        t
-        for t in tables
-        if t.number in numbers and ({r for x in t.rows for r in x.runs.values()} - shared[t.number]) & there
-    ]
+
+    def wanted(table: Table) -> bool:
+        own = {run for row in table.rows for run in row.runs.values()} - shared[table.number]
+        return table.number in numbers and bool(own & there) and (table.number != 5 or len(tests) > 1)
+
+    chosen = [table for table in tables if wanted(table)]
     for table in chosen:
         fill(table, results)
     return chosen
