@@ -25,11 +25,13 @@ setup(
         "api": ["openai>=3"],  # traces written by models behind OpenAI-compatible servers
         "data": ["mediapipe>=0.10.30"],  # face landmarks and blendshapes; older ones drag in JAX and numpy < 2
         "flash": ["flash-attn>=2.7"],  # a source build; used when importable, never required
+        "plots": ["matplotlib>=3.8"],  # figures for papers, tools/make_figures.py
         "track": ["tensorboard>=2.17"],  # metrics.jsonl is written in any case
         "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff==0.17.6"]
         + [
             "peft>=0.18",
             "accelerate",
+            "matplotlib>=3.8",
             "mediapipe>=0.10.30",
             "openai>=3",
             "tensorboard>=2.17",

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -145,6 +146,7 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
+@lru_cache(maxsize=4096)
 def _advance(word: str, size: float) -> float:
     """Width of a word in points."""
     from matplotlib.font_manager import FontProperties

@@ -66,6 +66,9 @@ def save(figure, out: str | os.PathLike, formats: Sequence[str] = ("png", "svg")
     """Write `out`.FORMAT for each format, whole or not at all; closes the figure. Returns the paths."""
     plt, paths = pyplot(), []
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None, "ModDate": None}, "png": {}}
+    with plt.rc_context(RC):  # laid out once: another pass would move things by a hair, and with it the file
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
     for name in formats:
         path = Path(f"{out}.{name}")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ TITLES = {
     "tag-nobox": "SFT, boxes stripped + TAG",
 }
 PERCENT = {"accuracy": "accuracy", "au_iou": "AU IoU", "au_f1": "AU F1", "format_valid": "format"}
-HEADINGS = PERCENT | {"boxes_per_trace": "boxes a trace"}
+HEADINGS = {m: f"{name} %" for m, name in PERCENT.items()} | {"boxes_per_trace": "boxes a trace"}
 
 
 @dataclass(frozen=True)
@@ -166,12 +166,21 @@ def paper_cell(paper: dict, number: int, run: str, test: str, metric: str) -> fl
 
 
 def markdown(table: Table, paper: dict) -> str:
-    """The table, then its differences; empty cells in the paper's columns are figures that are not at hand."""
+    """The table with the paper's columns, then its differences. Empty cells of the paper are figures not at hand; a
+    table of which it has none at hand gets one empty column that says so."""
     many = len(table.tests) > 1
-    heads = [f"{HEADINGS[m]}{f', {t}' if many else ''}" for t in table.tests for m in table.metrics]
-    papers = [
-        f"paper: {PERCENT[m]}, {STANDS_FOR.get(t, t)}" for t in table.tests for m in table.metrics if m in PERCENT
-    ]
+    columns = [(t, m) for t in table.tests for m in table.metrics]
+    heads = [f"{HEADINGS[m]}{f', {t}' if many else ''}" for t, m in columns]
+    theirs = [(t, m) for t, m in columns if m in PERCENT]
+    figures = {
+        (i, t, m): paper_cell(paper, table.number, row.runs.get(t, ""), t, m)
+        for i, row in enumerate(table.rows)
+        for t, m in theirs
+    }
+    if all(value is None for value in figures.values()):
+        theirs, papers = [], ["paper (not at hand)"]
+    else:
+        papers = [f"paper: {PERCENT[m]}, {STANDS_FOR.get(t, t)}" for t, m in theirs]
     lines = [
         f"### Table {table.number}. {table.title}",
         "",
@@ -179,28 +188,26 @@ def markdown(table: Table, paper: dict) -> str:
         "|---|" + "---:|" * (len(heads) + len(papers)),
     ]
     for i, row in enumerate(table.rows):
-        ours = [show(table.cells[i, t, m], m) for t in table.tests for m in table.metrics]
-        theirs = [
-            number_or_empty(paper_cell(paper, table.number, row.runs.get(t, ""), t, m))
-            for t in table.tests
-            for m in table.metrics
-            if m in PERCENT
-        ]
-        lines.append(f"| {clean(row.title)} | {' | '.join(ours + theirs)} |")
+        ours = [show(table.cells[i, t, m], m) for t, m in columns]
+        beside = [number_or_empty(figures[i, t, m]) for t, m in theirs] or [""]
+        lines.append(f"| {clean(row.title)} | {' | '.join(ours + beside)} |")
+    return "\n".join([*lines, "", *difference_lines(table, many)]) + "\n"
+
+
+def difference_lines(table: Table, many: bool) -> list[str]:
+    """The differences of a table as the lines of another one; many: it has several test sets."""
     compared = [m for m in table.metrics if m != "boxes_per_trace"]
-    lines += [
-        "",
-        f"| difference, paired by face{' | on' if many else ''} | {' | '.join(HEADINGS[m] for m in compared)} |",
-    ]
+    heads = " | ".join(f"{PERCENT[m]}, points" for m in compared)
+    lines = [f"| difference, paired by face{' | on' if many else ''} | {heads} |"]
     lines.append("|---|" + ("---|" if many else "") + "---:|" * len(compared))
     for a, b in table.pairs:
         for test in table.tests:
             found = [table.differences[a, b, test, m] for m in compared]
             if any(found):
-                where = f" | {test}" if many else ""
                 name = f"{clean(table.rows[b].title)} less {clean(table.rows[a].title)}"
-                lines.append(f"| {name}{where} | {' | '.join(show(f, m, True) for f, m in zip(found, compared))} |")
-    return "\n".join(lines) + "\n"
+                cells = " | ".join(show(f, m, True) for f, m in zip(found, compared))
+                lines.append(f"| {name}{f' | {test}' if many else ''} | {cells} |")
+    return lines
 
 
 def show(found: Estimate | None, metric: str, signed: bool = False) -> str:
