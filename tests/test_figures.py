@@ -226,11 +226,11 @@ def test_command(files, figure, capsys):
 def test_curves_are_those_of_the_study(files):
     (accuracy, first), (_, iou), (_, rewards) = tool.panels(files / "tables.json", None)
     assert accuracy == "held-out accuracy, %" and first == {
-        "TAG (IoU)": [([10], [50.0])] * 2,
-        "RLVR (no AU reward)": [([10], [50.0])] * 2,
+        "TAG": [([10], [50.0])] * 2,
+        "RLVR": [([10], [50.0])] * 2,
     }
-    assert iou["TAG (IoU)"][0] == ([10], [40.0])
-    assert rewards["R_AU of TAG (IoU)"][0] == ([10, 20], [0.4, 0.4])
+    assert iou["TAG"][0] == ([10], [40.0])
+    assert rewards["R_AU"][0] == ([10, 20], [0.4, 0.4])
 
 
 def test_bad_input_is_one_line(files):

@@ -22,8 +22,8 @@ from tag.evaluation.predictions import make_prediction, write_predictions
 from tag.studies.execute import log_file, run_stages
 from tag.studies.intervals import estimate
 from tag.studies.plan import MAIN, PROFILES, Stage, data_stages, stages, study_runs
-from tag.studies.results import curve_of, read_results
-from tag.studies.tables import build_tables, markdown, read_paper, show
+from tag.studies.results import Results, curve_of, read_results
+from tag.studies.tables import build_tables, by_pointing, markdown, read_paper, show
 from tag.synth.params import DOMAINS
 from tag.trace import format_box, format_trace
 from tests.test_openface import load_tool
@@ -245,6 +245,26 @@ def test_differences_agree_with_the_paired_comparison_of_eval(made):
     found = table.differences[rows.index("rlvr"), rows.index("tag-raf-db"), "raf-db", "accuracy"]
     a, b = (results.answers[run, "raf-db"][0] for run in ("rlvr", "tag-raf-db"))
     assert found.mean == pytest.approx(compare_runs(a, b)["accuracy_difference"])
+
+
+def test_accuracy_where_the_earlier_run_pointed_and_where_not():
+    def prediction(face: Record, right: bool, boxes: bool):
+        text = answer(right, True) if boxes else format_trace("Nothing stands out.", "fear" if right else "anger")
+        return make_prediction(face, text)
+
+    faces = records("x", 4)
+    before = [prediction(f, True, i < 3) for i, f in enumerate(faces)]
+    after = [prediction(f, i < 2, True) for i, f in enumerate(faces)]
+    results = Results({("sft", "x"): {0: before, 1: before}, ("tag-x", "x"): {0: after}})
+    assert by_pointing(results, "sft", "tag-x", "x") == [
+        {
+            "seed": 0,
+            "pointed": {"faces": 3, "sft": 1.0, "tag-x": 2 / 3},
+            "pointed_at_nothing": {"faces": 1, "sft": 1.0, "tag-x": 0.0},
+            "neutral": {"faces": 0, "sft": None, "tag-x": None},
+        }
+    ]
+    assert by_pointing(results, "sft", "nobody", "x") == []
 
 
 def test_a_table_to_read_and_the_paper_beside_it(made, tmp_path):

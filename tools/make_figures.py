@@ -39,7 +39,8 @@ from tag.report.figures import (
     smoothed,
 )
 from tag.studies.results import curve_of
-from tag.studies.tables import TITLES
+
+SHORT = {"rlvr": "RLVR", "tag-f1": "F1 of names", "tag-nobox": "TAG, boxes stripped", "rl-only": "RL only"}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -127,7 +128,7 @@ def panels(study: Path, chosen: Sequence[str] | None) -> list[tuple[str, dict]]:
     for name in chosen:
         check(name in lines, f"{study}: no curve of {name!r}; there are {', '.join(lines) or 'none'}")
     check(bool(chosen), f"{study}: no curves of GRPO runs")
-    titles = {name: "TAG (IoU)" if name == tag else TITLES.get(name, name).removeprefix("SFT + ") for name in chosen}
+    titles = {name: SHORT.get(name, name) if name != tag else "TAG" for name in chosen}
 
     def held_out(metric: str) -> dict:
         found = {titles[name]: [percent(curve_of(seed, metric)) for seed in lines[name]] for name in chosen}
@@ -135,13 +136,11 @@ def panels(study: Path, chosen: Sequence[str] | None) -> list[tuple[str, dict]]:
 
     parts = {"R_ans": "reward_ans", "R_AU": "reward_au", "R_fmt": "reward_fmt"}
     main = lines[chosen[0]]
-    rewards = {
-        f"{title} of {titles[chosen[0]]}": [smoothed(curve_of(s, n)) for s in main] for title, n in parts.items()
-    }
+    rewards = {part: [smoothed(curve_of(seed, name)) for seed in main] for part, name in parts.items()}
     return [
         ("held-out accuracy, %", held_out("val_accuracy")),
         ("held-out AU IoU, %", held_out("val_au_iou")),
-        ("reward, sampled", rewards),
+        (f"reward of {titles[chosen[0]]}, sampled", rewards),
     ]
 
 

@@ -40,7 +40,7 @@ from tag.studies.components import MODELS, PAIRS, table
 from tag.studies.execute import run_stages
 from tag.studies.plan import PROFILES, Run, data_stages, run_folder, stages, study_runs
 from tag.studies.results import read_results
-from tag.studies.tables import PAPER_FILE, as_json, build_tables, markdown, read_paper
+from tag.studies.tables import PAPER_FILE, as_json, build_tables, by_pointing, markdown, read_paper
 from tag.synth.params import DOMAINS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,7 +220,9 @@ def write_tables(args, manifest: Path, settings: dict) -> None:
     """OUT/tables.json and OUT/tables.md from a manifest."""
     paper, results = read_paper(args.paper), read_results(manifest)
     tables = build_tables(results, args.main, args.tables)
+    main = args.main or results.tests[0]
     card = study_card(args, settings) | {"figure_5": {"paper": paper.get("figure_5"), "ours": curves(results)}}
+    card["tag_after_sft_by_pointing"] = by_pointing(results, "sft", f"tag-{main}", main)
     write_json(args.out / "tables.json", card | {"tables": [as_json(t, paper) for t in tables]})
     text = "\n".join(markdown(t, paper) for t in tables)
     with replacing(args.out / "tables.md") as f:

@@ -114,7 +114,8 @@ def curves_figure(
             axis.set_ylabel(ylabel)
             axis.grid(axis="y", linewidth=0.3, color="0.85")
             if fresh:
-                axis.legend(frameon=False, handlelength=2.6, loc="best", borderaxespad=0.2, labelspacing=0.25)
+                above = {"loc": "lower left", "bbox_to_anchor": (-0.02, 0.98), "ncols": 3, "columnspacing": 1.2}
+                axis.legend(frameon=False, handlelength=2.6, handletextpad=0.5, borderaxespad=0.2, **above)
         axes[-1, 0].set_xlabel(xlabel)
     return figure
 

@@ -144,6 +144,28 @@ def fill(table: Table, results: Results) -> None:
                 )
 
 
+def by_pointing(results: Results, before: str, after: str, test: str) -> list[dict]:
+    """Where a later run gains or loses accuracy: on faces where the earlier one pointed at something, or at nothing.
+
+    One entry a seed that both have: faces and both accuracies on either kind, and the accuracies on neutral faces.
+    """
+    found = []
+    first, second = results.answers.get((before, test), {}), results.answers.get((after, test), {})
+    for seed in sorted(first.keys() & second.keys()):
+        pairs = list(zip(first[seed], second[seed]))
+        kinds = {
+            "pointed": [p for p in pairs if p[0].boxes],
+            "pointed_at_nothing": [p for p in pairs if not p[0].boxes],
+            "neutral": [p for p in pairs if p[0].label == "neutral"],
+        }
+        entry: dict = {"seed": seed}
+        for kind, chosen in kinds.items():
+            right = [sum(p[i].correct for p in chosen) / len(chosen) if chosen else None for i in (0, 1)]
+            entry[kind] = {"faces": len(chosen), before: right[0], after: right[1]}
+        found.append(entry)
+    return found
+
+
 def read_paper(path: str | os.PathLike = PAPER_FILE) -> dict:
     """The paper's figures. Raises DataError for a file without them."""
     try:
