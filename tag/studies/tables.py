@@ -27,7 +27,13 @@ TITLES = {
     "tag-f1": "SFT + RL, F1 of AU names",
     "tag-nobox": "SFT, boxes stripped + TAG",
 }
-PERCENT = {"accuracy": "accuracy", "au_iou": "AU IoU", "au_f1": "AU F1", "format_valid": "format"}
+PERCENT = {
+    "accuracy": "accuracy",
+    "au_iou": "AU IoU",
+    "au_iou_matched": "one-to-one IoU",
+    "au_f1": "AU F1",
+    "format_valid": "format",
+}
 HEADINGS = {m: f"{name} %" for m, name in PERCENT.items()} | {"boxes_per_trace": "boxes a trace"}
 
 
@@ -85,7 +91,7 @@ def build_tables(results: Results, main: str | None = None, numbers: Sequence[in
             "Components",
             [row("base"), row("rl-only"), row("sft"), row("rlvr"), row(tag, "SFT + TAG")],
             [main],
-            ["accuracy", "au_iou", "format_valid", "boxes_per_trace"],
+            ["accuracy", "au_iou", "au_iou_matched", "format_valid", "boxes_per_trace"],
             [(2, 3), (2, 4), (3, 4)],
         ),
         Table(
@@ -101,7 +107,7 @@ def build_tables(results: Results, main: str | None = None, numbers: Sequence[in
             "The AU reward: F1 of names, or IoU of boxes",
             [row("sft"), row("rlvr"), row("tag-f1"), row(tag, "SFT + TAG (IoU)")],
             [main],
-            ["accuracy", "au_iou", "au_f1", "boxes_per_trace"],
+            ["accuracy", "au_iou", "au_iou_matched", "au_f1", "boxes_per_trace"],
             [(0, 2), (2, 3)],
         ),
         Table(
