@@ -171,7 +171,7 @@ def paper_study(args) -> None:
     planned = stages(args.out, runs, seeds, args.threads)
     run_stages(planned, logs, args.jobs, finished=finished)
     write_manifest(args.out, runs, seeds)
-    settings = {"profile": args.profile, "seeds": seeds, **asdict(profile)}
+    settings = {"profile": args.profile, **asdict(profile), "seeds": seeds}
     write_tables(args, args.out / "runs.json", settings | {"stage_seconds": seconds})
 
 
