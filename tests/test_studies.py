@@ -20,7 +20,7 @@ from tag.errors import DataError, UsageError
 from tag.evaluation.metrics import compare_runs
 from tag.evaluation.predictions import make_prediction, write_predictions
 from tag.studies.execute import log_file, run_stages
-from tag.studies.intervals import estimate
+from tag.studies.intervals import Estimate, estimate
 from tag.studies.plan import MAIN, PROFILES, Stage, data_stages, stages, study_runs
 from tag.studies.results import Results, curve_of, read_results
 from tag.studies.tables import build_tables, by_pointing, markdown, read_paper, show
@@ -359,3 +359,16 @@ def test_joined_domains_keep_every_record_and_mix_the_held_out_ones(tmp_path):
     joined = read_records(tmp_path / "all" / "train.jsonl")
     assert len({r.id for r in joined}) == 9 and all(r.image.startswith(f"{r.dataset}/train/") for r in joined)
     assert [r.dataset for r in read_records(tmp_path / "all" / "val.jsonl")] == [*DOMAINS, *DOMAINS]
+
+
+def test_the_page_of_results_says_what_the_committed_figures_say():
+    """Each cell of docs/results/paper_tables.json stands in its row of docs/results.md."""
+    page = (tool.ROOT / "docs" / "results.md").read_text()
+    study = json.loads((tool.ROOT / "docs" / "results" / "paper_tables.json").read_text())
+    assert [t["table"] for t in study["tables"]] == [1, 2, 3, 4, 5] and study["args"]["seeds"] == [0, 1]
+    for table in study["tables"]:
+        section = page.split(f"### Table {table['table']}. ")[1].split("\n\n| difference")[0]
+        for cell in table["cells"]:
+            row = next(line for line in section.splitlines() if line.startswith(f"| {cell['row']} |"))
+            ours = cell["ours"] and Estimate(**{k: tuple(v) if k == "interval" else v for k, v in cell["ours"].items()})
+            assert show(ours, cell["metric"]) in row, (table["table"], cell["row"], cell["test"], cell["metric"])

@@ -20,7 +20,6 @@ from tag.data.records import Record
 from tag.evaluation.metrics import bootstrap_interval, paired_bootstrap
 from tag.evaluation.predictions import Prediction
 from tag.rewards import au_reward
-from tag.trace import MAX_BOXES
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def grounding(faces: Sequence[Witnesses], known_a: set[str], known_b: set[str]) 
         raise ValueError(f"the second detector activates none of {_names(shared)} on any of these faces")
     b_boxes = [boxes_of(f.b, shared) for f in seen]
     model = [au_reward(f.prediction.boxes, b) for f, b in zip(seen, b_boxes)]
-    ceiling = [au_reward(boxes_of(f.a)[:MAX_BOXES], b) for f, b in zip(seen, b_boxes)]
+    ceiling = [au_reward(boxes_of(f.a), b) for f, b in zip(seen, b_boxes)]  # of which the first three count
     elsewhere = [*seen[1:], seen[0]]  # every face gets the boxes written for the next one
     floor = [au_reward(f.prediction.boxes, b) for f, b in zip(elsewhere, b_boxes)]
     with_a = [f for f in faces if boxes_of(f.a)]
