@@ -4,6 +4,8 @@ pytest tests/test_studies.py
 """
 
 import json
+import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -129,6 +131,28 @@ def test_an_interrupted_study_stops_its_processes(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_stages([writing(tmp_path, "quick"), slow], tmp_path / "logs", 2, lambda text: None, stop)
     assert time.perf_counter() - started < 30 and not slow.done.exists()
+
+
+def test_a_terminated_study_takes_its_processes_along(tmp_path):
+    """As with Ctrl-C; what a job scheduler sends must not leave a training behind that nobody waits for."""
+    started, code = (
+        tmp_path / "pid",
+        "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)",
+    )
+    study = (
+        "from pathlib import Path\nfrom tag.studies.execute import end_with_me, run_stages\n"
+        "from tag.studies.plan import Stage\nend_with_me()\n"
+        f"run_stages([Stage('s', ('-c', {code!r}, {str(started)!r}), (), Path('never'))], Path('logs'))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", study], cwd=tool.ROOT, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not (started.exists() and started.read_text()):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
 
 
 def test_a_need_that_never_comes_is_an_error(tmp_path):

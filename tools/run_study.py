@@ -37,7 +37,7 @@ from tag.evaluation.metrics import compare_runs
 from tag.evaluation.predictions import read_predictions
 from tag.files import replacing
 from tag.studies.components import MODELS, PAIRS, table
-from tag.studies.execute import run_stages
+from tag.studies.execute import end_with_me, run_stages
 from tag.studies.plan import PROFILES, Run, data_stages, run_folder, stages, study_runs
 from tag.studies.results import read_results
 from tag.studies.tables import PAPER_FILE, as_json, build_tables, by_pointing, markdown, read_paper
@@ -272,6 +272,7 @@ def main() -> None:
     elif args.profile in SHORT:
         short_study(args)
     else:
+        end_with_me()
         paper_study(args)
 
 

@@ -1,6 +1,7 @@
 """Stages as processes: several at a time, in an order that their needs allow, none of them twice."""
 
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -71,6 +72,11 @@ def run_stages(
         raise UsageError(
             f"stage '{failed.name}' failed{_last_words(failed, logs, jobs)}; it was: python {shlex.join(failed.words)}"
         )
+
+
+def end_with_me() -> None:
+    """Let a SIGTERM of this process end like Ctrl-C, so that `run_stages` takes its processes along."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def log_file(stage: Stage, logs: Path) -> Path:
