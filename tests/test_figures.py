@@ -15,7 +15,7 @@ from PIL import Image
 from tag.data.records import AU, Record, write_records
 from tag.errors import DataError, UsageError
 from tag.evaluation.predictions import make_prediction, write_predictions
-from tag.report.face_figure import LABEL_HEIGHT, MAX_CHARACTERS, Shown, faces_figure, spread, text_lines, words
+from tag.report.face_figure import LABEL_HEIGHT, MAX_CHARACTERS, Shown, faces_figure, lines_of, spread, words
 from tag.report.figures import (
     COLUMN,
     DPI,
@@ -155,6 +155,19 @@ def test_boxes_are_where_they_belong_and_named():
     pyplot().close(figure)
 
 
+def test_only_boxes_that_count_are_drawn_and_long_traces_fit():
+    clause = f"The inner brows are pulled up and the lids are raised (AU4) {format_box(BOX)}."
+    figure = faces_figure([shown(format_trace(" ".join([clause] * 12), "fear")), shown()])
+    picture, text, second, _ = figure.axes
+    assert [t.get_text() for t in picture.texts].count("AU4") == 3
+    assert text.get_position().y0 > second.get_position().y1  # the second face begins below the first one's text
+    for t in text.texts:
+        extent = t.get_window_extent()
+        assert figure.bbox.contains(extent.x0, extent.y0) and extent.x1 <= figure.bbox.x1 + 1, t.get_text()
+        assert extent.y0 >= text.get_window_extent().y0 - 1
+    pyplot().close(figure)
+
+
 def test_labels_are_spread_and_stay_inside():
     found = spread([10, 12, 500, 510, 511], LABEL_HEIGHT, 0, 512)
     assert all(b - a >= LABEL_HEIGHT for a, b in pairwise(found))
@@ -187,7 +200,11 @@ def test_words_of_a_trace():
         *((w, True) for w in ("[1,", "2,", "3,", "4].")),
         ("Fear.", False),
     ]
-    assert text_lines(text, 18) == ["The brows (AU4)", "[1, 2, 3, 4].", "Fear."]
+    lines = lines_of(text, 45.0)
+    assert [(word, is_box) for line in lines for word, is_box, _ in line] == words(text) and len(lines) > 2
+    for line in lines:
+        starts = [x for _, _, x in line]
+        assert starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < 45
 
 
 # ---------------------------------------------------------------- the command

@@ -13,12 +13,17 @@ from tag.data.records import Record
 from tag.evaluation.predictions import Prediction
 from tag.report.figures import COLUMN, GREEN, RC, RED, pyplot
 from tag.rewards import score_boxes
-from tag.trace import parse
+from tag.trace import MAX_BOXES, parse
 
 MAX_CHARACTERS = 900  # of a trace: a figure is not the place for a model's endless text
 _WORDS = re.compile(r"<bbox>.*?</bbox>|</?(?:think|answer|bbox)>|\S+", re.DOTALL)
+_TAG = re.compile(r"</?(?:think|bbox|answer)>")
+_PUNCTUATION = re.compile(r"[.,;:!?]+")
 _BOX = re.compile(r"<bbox>(.*?)</bbox>", re.DOTALL)
+MAX_WORD = 24
 SIDE = 448  # pixels of a face
+GAP = 0.07  # inches between face and text
+SIZE, LINE, HEAD = 6.0, 8.3, 9.8  # points: of the text, from line to line, of the line above and below it
 LABEL_HEIGHT = 36  # canvas units
 
 
@@ -40,18 +45,17 @@ def faces_figure(faces: Sequence[Shown], width: float = COLUMN):
     if not faces:
         raise ValueError("a figure needs at least one face")
     plt = pyplot()
-    side = 0.46 * width
-    heights = [max(side, 0.116 * (2 + len(text_lines(f.prediction.text, 34)))) for f in faces]
+    side = 0.46 * width  # inches
+    beside = width - side - GAP
+    texts = [lines_of(f.prediction.text, 72 * beside) for f in faces]
+    heights = [max(side, (len(lines) * LINE + 2 * HEAD) / 72) for lines in texts]
     with plt.rc_context(RC):
         figure = plt.figure(figsize=(width, sum(heights) + 0.06 * (len(faces) - 1)))
-        total, top = figure.get_figheight(), figure.get_figheight()
-        for face, height in zip(faces, heights):
-            picture = figure.add_axes((0, (top - side) / total, side / width, side / total))
-            draw_face(picture, face)
-            text = figure.add_axes(
-                ((side + 0.07) / width, (top - height) / total, 1 - (side + 0.07) / width, height / total)
-            )
-            draw_trace(text, face, (width - side - 0.07) * 72, height * 72)
+        total = top = figure.get_figheight()
+        for face, lines, height in zip(faces, texts, heights):
+            draw_face(figure.add_axes((0, (top - side) / total, side / width, side / total)), face)
+            text = figure.add_axes(((side + GAP) / width, (top - height) / total, beside / width, height / total))
+            draw_trace(text, face, lines, 72 * beside, 72 * height)
             top -= height + 0.06
     return figure
 
@@ -65,7 +69,7 @@ def draw_face(axis, face: Shown) -> None:
     axis.axis("off")
     strongest = sorted(face.record.aus, key=lambda a: -a.score)[:3]
     detected = face.record.candidate_aus or strongest
-    found = score_boxes(parse(face.prediction.text), face.record)
+    found = score_boxes(parse(face.prediction.text), face.record)[:MAX_BOXES]  # the others do not count
     for au in detected:
         _box(axis, au.box, GREEN, "-")
     for scored in found:
@@ -74,32 +78,37 @@ def draw_face(axis, face: Shown) -> None:
     _labels(axis, [(scored.box, scored.named or "unnamed") for scored in found], RED, "right")
 
 
-def draw_trace(axis, face: Shown, width: float, height: float) -> None:
-    """Truth and answer, then the trace, words wrapped to `width` points; boxes in the predicted boxes' colour."""
+def draw_trace(
+    axis, face: Shown, lines: Sequence[Sequence[tuple[str, bool, float]]], width: float, height: float
+) -> None:
+    """Truth and IoU, the trace in `lines`, its boxes in the predicted boxes' colour, the answer; sizes in points."""
     axis.axis("off")
     axis.set_xlim(0, width)
     axis.set_ylim(height, 0)
-    answer = face.prediction.answer or "no answer"
+    bold = {"fontsize": 6.5, "va": "baseline", "fontweight": "bold"}
     verdict = "right" if face.prediction.correct else "wrong"
     iou = "" if face.prediction.au_iou is None else f", AU IoU {face.prediction.au_iou:.2f}"
-    axis.text(0, 7, f"{face.record.label}: {verdict}{iou}", fontsize=6.5, fontweight="bold", va="baseline")
-    size, line = 6.0, 8.3
-    space = _advance(" ", size)
-    x, y = 0.0, 7 + line + 1.5
-    for word, is_box in words(face.prediction.text):
-        advance = _advance(word, size)
+    axis.text(0, 7, f"{face.record.label}: {verdict}{iou}", **bold)
+    y = HEAD + 7.0
+    for line in lines:
+        for word, is_box, x in line:
+            axis.text(x, y, word, fontsize=SIZE, va="baseline", color=RED if is_box else "black")
+        y += LINE
+    axis.text(0, y + 1, f"answer: {_printable(face.prediction.answer or 'none')}", **bold)
+
+
+def lines_of(text: str, width: float) -> list[list[tuple[str, bool, float]]]:
+    """The words of a trace in lines of at most `width` points: (word, is it part of a box, where it begins)."""
+    lines: list[list[tuple[str, bool, float]]] = [[]]
+    x, space = 0.0, _advance(" ", SIZE)
+    for word, is_box in words(text):
+        advance = _advance(word, SIZE)
         if x and x + advance > width:
-            x, y = 0.0, y + line
-        if y > height - line:
-            axis.text(0, y, "...", fontsize=size, va="baseline")
-            y += line
-            break
-        axis.text(x, y, word, fontsize=size, va="baseline", color=RED if is_box else "black")
+            lines.append([])
+            x = 0.0
+        lines[-1].append((word, is_box, x))
         x += advance + space
-    else:
-        y += line
-    bold = {"fontsize": 6.5, "va": "baseline", "fontweight": "bold", "color": "black"}
-    axis.text(0, min(y + 1, height - 1.5), f"answer: {_printable(answer)}", **bold)
+    return lines
 
 
 def words(text: str) -> list[tuple[str, bool]]:
@@ -107,38 +116,20 @@ def words(text: str) -> list[tuple[str, bool]]:
     think = text.partition("<answer>")[0]
     found: list[tuple[str, bool]] = []
     length = 0
-    for word in _WORDS.findall(think):
-        box = _BOX.fullmatch(word)
-        for part in (box[1] if box else word).split():
-            if box is None and part in ("<think>", "</think>", "<bbox>", "</bbox>", "<answer>", "</answer>"):
+    for token in _WORDS.findall(think):
+        box = _BOX.fullmatch(token)
+        for part in (box[1] if box else token).split():
+            part = _printable(_TAG.sub("", part))[:MAX_WORD]
+            if not part:
                 continue
-            part = re.sub(r"</?(?:think|bbox|answer)>", "", part)
-            part = _printable(part)[:40]
             length += len(part) + 1
             if length > MAX_CHARACTERS:
                 return [*found, ("...", False)]
-            if part:
+            if found and found[-1][1] and _PUNCTUATION.fullmatch(part):  # behind a box's closing tag
+                found[-1] = (found[-1][0] + part, True)
+            else:
                 found.append((part, box is not None))
-    # Punctuation that stood behind a box's closing tag belongs to its last word.
-    joined: list[tuple[str, bool]] = []
-    for word, is_box in found:
-        if joined and joined[-1][1] and re.fullmatch(r"[.,;:!?]+", word):
-            joined[-1] = (joined[-1][0] + word, True)
-        else:
-            joined.append((word, is_box))
-    return joined
-
-
-def text_lines(text: str, columns: int) -> list[str]:
-    """The words in lines of about `columns` characters: how high a trace will be."""
-    lines, line = [], ""
-    for word, _ in words(text):
-        if line and len(line) + 1 + len(word) > columns:
-            lines.append(line)
-            line = word
-        else:
-            line = f"{line} {word}".strip()
-    return [*lines, line] if line else lines
+    return found
 
 
 def _printable(text: str) -> str:
@@ -153,7 +144,8 @@ def _advance(word: str, size: float) -> float:
     from matplotlib.textpath import TextPath
 
     font = FontProperties(family="DejaVu Sans", size=size)
-    ends = [TextPath((0, 0), text, prop=font).get_extents().x1 for text in (f"{word}|", "|")]
+    with pyplot().rc_context(RC):  # no math markup here, either
+        ends = [TextPath((0, 0), text, prop=font).get_extents().x1 for text in (f"{word}|", "|")]
     return float(ends[0] - ends[1])  # with the space behind the last letter, which its outline does not have
 
 
