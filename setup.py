@@ -26,11 +26,13 @@ setup(
         "data": ["mediapipe>=0.10.30"],  # face landmarks and blendshapes; older ones drag in JAX and numpy < 2
         "flash": ["flash-attn>=2.7"],  # a source build; used when importable, never required
         "fuzz": ["atheris>=3"],  # coverage-guided fuzzing in tools/fuzz.py; wheels for Linux
+        "plots": ["matplotlib>=3.8"],  # figures for papers, tools/make_figures.py
         "track": ["tensorboard>=2.17"],  # metrics.jsonl is written in any case
         "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff==0.17.6", "hypothesis>=6.100"]
         + [
             "peft>=0.18",
             "accelerate",
+            "matplotlib>=3.8",
             "mediapipe>=0.10.30",
             "openai>=3",
             "tensorboard>=2.17",

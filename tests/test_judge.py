@@ -4,7 +4,6 @@ pytest tests/test_judge.py
 """
 
 import asyncio
-import importlib.util
 import itertools
 import json
 import math
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from eval_folders import GOOD, POOR, good_and_poor, write_folders
+from helpers import load_tool
 
 from tag.datagen.answer import Malformed
 from tag.datagen.backends import Backend
@@ -26,16 +26,6 @@ from tag.preference.judges import rule_scores
 from tag.preference.pairs import MAX_SHOWN, choose_pairs, read_pairs
 from tag.preference.rubric import CRITERIA, judge_prompt, read_verdict, rubric_hash
 from tag.preference.statistics import cohen_kappa, fleiss_kappa, kappa_estimate, majority, preference_shares
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 tool = load_tool("judge")
 

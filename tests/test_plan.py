@@ -4,7 +4,6 @@ pytest tests/test_plan.py
 pytest tests/test_plan.py -m slow      # memory of more cases, two processes among them
 """
 
-import importlib.util
 import json
 import re
 from argparse import Namespace
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_vlm
+from helpers import load_tool, make_vlm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -46,16 +45,7 @@ ALONE = Dist(0, 1, CPU)
 B7 = PUBLISHED["7B"]
 STAGES = ("sample", "refresh", "reference", "update")
 
-
-def tool(name: str):
-    """A tool as a module."""
-    spec = importlib.util.spec_from_file_location(f"planned_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bench_memory, plan_run = tool("bench_memory"), tool("plan_run")
+bench_memory, plan_run = load_tool("bench_memory"), load_tool("plan_run")
 
 
 def roles(model) -> dict[str, int]:

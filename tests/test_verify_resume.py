@@ -3,19 +3,15 @@
 pytest tests/test_verify_resume.py
 """
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import load_tool
 
 from tag.args import run
 
-ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("verify_resume", ROOT / "tools" / "verify_resume.py")
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_tool("verify_resume")
 
 SCRIPT = """
 import argparse, json, os, random, time

@@ -115,10 +115,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.candidate_threshold = candidate
     if args.threshold is None:
         args.threshold = min(kept, args.candidate_threshold)
-    if not 0 < args.candidate_threshold <= 1 or not 0 < args.threshold <= args.candidate_threshold:
+    if not 0 < args.candidate_threshold <= 1 or not 0 <= args.threshold <= args.candidate_threshold:
         raise UsageError(
-            f"--threshold {args.threshold}, --candidate-threshold {args.candidate_threshold}: must be above 0, at most "
-            "1, and the first no larger than the second (candidates are among the AUs kept)"
+            f"--threshold {args.threshold}, --candidate-threshold {args.candidate_threshold}: from 0 (a region for "
+            "every AU) and above 0, at most 1, the first no larger than the second (candidates are among the AUs kept)"
         )
     for name in ("val", "test"):
         fraction, count = getattr(args, f"{name}_fraction"), getattr(args, f"{name}_count")

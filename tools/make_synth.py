@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from tag.data.records import DataError, read_records, resolve_image, write_records
-from tag.synth.dataset import SPLITS, SYNTH_VERSION, split_seeds, write_dataset
-from tag.synth.params import DOMAINS, bayes_accuracy
+from tag.synth.dataset import SPLITS, SYNTH_VERSIONS, split_seeds, write_dataset
+from tag.synth.params import DOMAINS, bayes_accuracy, sample_face
+from tag.synth.second import describe_second
 from tag.synth.sheet import contact_sheet
 
 MANIFEST = "synth.json"
@@ -37,8 +38,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, help="directory to write to; also the --image-root of its records")
     for split in SPLITS:
         p.add_argument(f"--{split}", type=int, default=0, metavar="N", help=f"faces of the {split} split (default 0)")
-    p.add_argument("--domain", choices=DOMAINS, default="shaded", help="how the faces are drawn (default shaded)")
+    p.add_argument(
+        "--domain", choices=DOMAINS, default="shaded", help="how faces are drawn and which AUs they tend to show"
+    )
     p.add_argument("--seed-offset", type=int, default=0, help="skip this many faces of every split (default 0)")
+    p.add_argument(
+        "--second-detector", action="store_true", help="also write OUT/SPLIT-second.jsonl: another detector's records"
+    )
     p.add_argument("--workers", type=int, default=2, help="processes that draw (default 2)")
     p.add_argument("--contact-sheet", type=Path, metavar="FILE", help="also save an overview of the faces as an image")
     args = p.parse_args(argv)
@@ -79,7 +85,8 @@ def make(args: argparse.Namespace) -> None:
     counts = {split: getattr(args, split) for split in SPLITS}
     for split, count in counts.items():
         split_seeds(split, count, args.seed_offset)  # refuse bad counts before anything is written
-    wanted = {"version": SYNTH_VERSION, "domain": args.domain, "seed_offset": args.seed_offset, "counts": counts}
+    version = SYNTH_VERSIONS[args.domain]
+    wanted = {"version": version, "domain": args.domain, "seed_offset": args.seed_offset, "counts": counts}
     if is_complete(args.out, wanted):
         print(f"{args.out} is already complete: {', '.join(f'{s} {n}' for s, n in counts.items())}")
         return
@@ -95,7 +102,16 @@ def make(args: argparse.Namespace) -> None:
         words = sum(len(r.trace.split()) for r in records) / count
         print(f"{split}: {count} faces, {aus:.2f} activated AUs a face, {words:.0f} words a trace")
     (args.out / MANIFEST).write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-    print(f"Bayes accuracy given the true AU set: {100 * bayes_accuracy():.1f} %")
+    print(f"Bayes accuracy given the true AU set: {100 * bayes_accuracy(domain=args.domain):.1f} %")
+
+
+def second_records(args: argparse.Namespace) -> None:
+    """The same faces as another detector sees them (tag/synth/second.py), for tools/check_grounding.py."""
+    for split in SPLITS:
+        seeds = split_seeds(split, getattr(args, split), args.seed_offset)
+        if len(seeds):
+            records = [describe_second(sample_face(s, args.domain), split) for s in seeds]
+            write_records(args.out / f"{split}-second.jsonl", records)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.out is not None:
             make(args)
+            if args.second_detector:
+                second_records(args)
         if args.contact_sheet is not None:
             args.contact_sheet.parent.mkdir(parents=True, exist_ok=True)
             contact_sheet().save(args.contact_sheet, optimize=True)

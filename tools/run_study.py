@@ -1,41 +1,53 @@
 #!/usr/bin/env python3
-"""The whole story on the embedded default: base -> SFT -> GRPO without and with the AU reward; Table 2's shape.
+"""Studies on the embedded default, one command each, and the paper's tables from any finished runs.
 
-    python tools/run_study.py --profile quick --out runs/quickstart      # one seed, minutes on two cores
-    python tools/run_study.py --profile full  --out runs/study           # three seeds, >= 1,000 test faces
+    python tools/run_study.py --profile quick --out runs/quickstart      # base, SFT, RLVR, TAG: one seed, minutes
+    python tools/run_study.py --profile full  --out runs/study           # the same: three seeds, 1,000 test faces
+    python tools/run_study.py --profile paper --jobs 2 --out runs/paper  # Tables 1 to 5 and Figure 5, three seeds
+    python tools/run_study.py --runs runs/paper/runs.json --out tables   # tables of finished runs, nothing is trained
 
 Every stage is one of the project's own commands, printed before it runs, so anything here can be repeated by hand. A
 stage that is complete is not run again; one that was interrupted goes on where it was. Hyper-parameters were chosen on
 the validation split; the test split is used once, at the end, by eval.py.
 
-Writes OUT/study.json and OUT/study.md: accuracy and AU IoU of base, SFT, RLVR (no AU reward) and TAG, per seed, mean
-and spread.
+Profiles smoke, quick and full write OUT/study.json and OUT/study.md: accuracy and AU IoU of base, SFT, RLVR (no AU
+reward) and TAG on one data set, per seed, mean and spread. Profiles paper-smoke, paper-quick and paper draw three data
+sets and write OUT/runs.json (what was run; --runs takes such a list of your own, see tag/studies/results.py),
+OUT/tables.json and OUT/tables.md: the paper's tables with 95 % intervals and its figures beside ours.
 """
 
 import json
+import os
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from tag.args import Parser, UsageError, run
+from tag.args import Parser, UsageError, check, run
 from tag.checkpoint import run_card
+from tag.data.records import read_records, write_records
 from tag.evaluation.metrics import compare_runs
 from tag.evaluation.predictions import read_predictions
 from tag.files import replacing
+from tag.studies.components import MODELS, PAIRS, table
+from tag.studies.execute import end_with_me, run_stages
+from tag.studies.plan import PROFILES, Run, data_stages, run_folder, stages, study_runs
+from tag.studies.results import read_results
+from tag.studies.tables import PAPER_FILE, as_json, build_tables, by_pointing, markdown, read_paper
+from tag.synth.params import DOMAINS
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # train faces, held-out faces, test faces, SFT flags, GRPO flags. `quick` and `full` differ in length, not in kind: SFT
 # sees the traces of half of the faces, briefly; GRPO sees all faces and no traces.
-PROFILES = {
+SHORT = {
     "smoke": dict(
         faces=(64, 16, 24),
         seeds=[0],
@@ -55,23 +67,26 @@ PROFILES = {
         grpo=["--max-steps", "60", "--eval-every", "20", "--eval-faces", "256"],
     ),
 }
-MODELS = {  # row of the table -> (stage whose best adapter it is, AU reward)
-    "base (zero-shot)": None,
-    "SFT": "sft",
-    "SFT + RLVR": "rlvr",
-    "SFT + TAG": "tag",
-}
-PAIRS = (("SFT", "SFT + RLVR"), ("SFT", "SFT + TAG"), ("SFT + RLVR", "SFT + TAG"))
 
 
 def parse_args(argv=None):
     p = Parser(__doc__)
     a = p.add_argument
-    a("--profile", choices=sorted(PROFILES), default="full")
+    a("--profile", choices=[*SHORT, *PROFILES], default="full")
+    a("--runs", type=Path, metavar="RUNS.json", help="tables of these finished runs; nothing is trained")
     a("--out", type=Path, required=True, help="folder for data, runs and tables; resumed if it holds this study")
     a("--seeds", type=int, nargs="+", help="seeds of SFT, GRPO (data order, rollouts); default: the profile's")
-    a("--threads", type=int, default=0, help="CPU threads of each stage, 0 = PyTorch's choice")
-    return p.parse_args(argv)
+    a("--tables", type=int, nargs="+", choices=range(1, 6), default=[1, 2, 3, 4, 5], help="of the paper profiles")
+    a("--main", help="with --runs: the test set of Tables 2 to 4 (default: the first)")
+    a("--paper", type=Path, default=PAPER_FILE, help="JSON of the paper's figures")
+    a("--jobs", type=int, default=1, help="paper profiles: stages that run at the same time")
+    a("--threads", type=int, default=0, help="CPU threads of each stage, 0 = PyTorch's choice, shared by the jobs")
+    args = p.parse_args(argv)
+    check(args.jobs >= 1, f"--jobs {args.jobs}: at least one stage has to run")
+    return args
+
+
+# ---- smoke, quick, full: one data set --------------------------------------------------------------------------------
 
 
 def stage(name: str, *command: object) -> float:
@@ -112,58 +127,15 @@ def run_seed(args, profile: dict, data: Path, seed: int) -> dict:
     return {"seed": seed, "metrics": found, "paired": paired, "seconds": seconds}
 
 
-def table(runs: list[dict]) -> str:
-    """Markdown: the paper's Table 2 shape, with the bootstrap interval (one seed) or the spread over seeds."""
-    lines = ["| model | accuracy % | AU IoU % | format % | boxes a trace |", "| --- | --- | --- | --- | --- |"]
-    for model in MODELS:
-        cells = []
-        for key in ("accuracy", "au_iou", "format_valid", "boxes_per_trace"):
-            scale = 1 if key == "boxes_per_trace" else 100
-            values = [r["metrics"][model][key] or 0.0 for r in runs]
-            text = f"{statistics.mean(values) * scale:.{2 if scale == 1 else 1}f}"
-            interval = runs[0]["metrics"][model].get(f"{key}_ci")
-            if len(values) > 1:
-                text += f" ± {statistics.stdev(values) * scale:.1f}"
-            elif interval:
-                text += f" [{interval[0] * scale:.1f}, {interval[1] * scale:.1f}]"
-            cells.append(text)
-        lines.append(f"| {model} | {' | '.join(cells)} |")
-    note = "± standard deviation over seeds" if len(runs) > 1 else "[95 % bootstrap interval over test faces]"
-    lines += ["", f"{len(runs)} seed(s), {note}; accuracy counts only answers in the right format.", ""]
-    lines += [
-        "| difference, paired by face | accuracy, points | McNemar's p | AU IoU, points |",
-        "| --- | --- | --- | --- |",
-    ]
-    for name in runs[0]["paired"]:
-        found = [r["paired"][name] for r in runs]
-        accuracy, iou = (difference(found, key) for key in ("accuracy_difference", "au_iou_difference"))
-        p = ", ".join(f"{f['mcnemar_p']:.2g}" for f in found)
-        lines.append(f"| {name} | {accuracy} | {p} | {iou} |")
-    return "\n".join(lines) + "\n"
-
-
-def difference(found: list[dict], key: str) -> str:
-    """A difference in points: with its paired 95 % interval (one seed), or mean and spread, each seed in brackets."""
-    values = [100 * (f[key] or 0.0) for f in found]
-    if len(values) == 1:
-        interval = found[0][f"{key}_ci"]
-        return f"{values[0]:+.1f}" + (f" [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]" if interval else "")
-    each = ", ".join(f"{v:+.1f}" for v in values)
-    return f"{statistics.mean(values):+.1f} ± {statistics.stdev(values):.1f} ({each})"
-
-
-def main() -> None:
-    args = parse_args()
-    profile = PROFILES[args.profile]
+def short_study(args) -> None:
+    """Base, SFT, RLVR and TAG on the shaded faces."""
+    profile = SHORT[args.profile]
     seeds = args.seeds or profile["seeds"]
-    args.out = args.out.resolve()
     data = args.out / "data"
     train, val, test = profile["faces"]
     stage("faces", "tools/make_synth.py", "--out", data, "--train", train, "--val", val, "--test", test)
     runs = [run_seed(args, profile, data, seed) for seed in seeds]
-    card = run_card("tools/run_study.py", {"profile": args.profile, "seeds": seeds, "faces": profile["faces"]})
-    card["hardware"] = {"machine": platform.machine(), "cpu_threads": args.threads or torch.get_num_threads()}
-    card["command"] = shlex.join(["python", "tools/run_study.py", *map(str, sys.argv[1:])])
+    card = study_card(args, {"profile": args.profile, "seeds": seeds, "faces": profile["faces"]})
     with replacing(args.out / "study.json") as f:
         f.write(json.dumps(card | {"runs": runs}, indent=2) + "\n")
     text = table(runs)
@@ -173,6 +145,135 @@ def main() -> None:
     for model, folder in MODELS.items():
         where = args.out / ("base" if folder is None else f"seed{seeds[0]}/{folder}")
         print(f"{model:18} faces, boxes and traces: {where / 'eval' / 'report.html'}")
+
+
+# ---- paper-smoke, paper-quick, paper: three data sets, the paper's tables --------------------------------------------
+
+
+def paper_study(args) -> None:
+    """Train and evaluate what the tables need, then write them."""
+    profile = PROFILES[args.profile]
+    seeds = args.seeds or list(profile.seeds)
+    if args.jobs > 1 and not args.threads:
+        args.threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    claim(args.out, args.profile, json.loads(json.dumps(asdict(profile))))
+    runs = study_runs(profile, args.tables)
+    seconds = read_seconds(args.out)
+
+    def finished(stage, took: float) -> None:
+        seconds[stage.name] = round(seconds.get(stage.name, 0.0) + took, 1)
+        write_json(args.out / "stage_seconds.json", seconds)
+        write_manifest(args.out, runs, seeds)
+
+    logs = args.out / "logs"
+    run_stages(data_stages(args.out, profile), logs, args.jobs, finished=finished)
+    join_domains(args.out / "data")
+    planned = stages(args.out, runs, seeds, args.threads)
+    run_stages(planned, logs, args.jobs, finished=finished)
+    write_manifest(args.out, runs, seeds)
+    settings = {"profile": args.profile, **asdict(profile), "seeds": seeds}
+    write_tables(args, args.out / "runs.json", settings | {"stage_seconds": seconds})
+
+
+def claim(out: Path, name: str, profile: dict) -> None:
+    """Make `out` the folder of this profile. Raises UsageError if it is another one's."""
+    path = out / "profile.json"
+    mine = {"name": name, "profile": profile}
+    if path.is_file():
+        check(json.loads(path.read_text()) == mine, f"{out} holds a study of another profile; choose another --out")
+    write_json(path, mine)
+
+
+def join_domains(data: Path) -> None:
+    """data/all: the training and held-out records of all domains in one file each, images relative to `data`."""
+    for split in ("train", "val"):
+        records = [
+            replace(record, image=f"{domain}/{record.image}")
+            for domain in DOMAINS
+            for record in read_records(data / domain / f"{split}.jsonl")
+        ]
+        (data / "all").mkdir(exist_ok=True)
+        # Held-out faces in turn, so that the first N are of all domains alike; training shuffles anyway.
+        n = len(records) // len(DOMAINS)
+        write_records(
+            data / "all" / f"{split}.jsonl", [records[i * n + k] for k in range(n) for i in range(len(DOMAINS))]
+        )
+
+
+def write_manifest(out: Path, runs: list[Run], seeds: list[int]) -> None:
+    """OUT/runs.json: every run that has been evaluated, and where."""
+    entries = []
+    for seed in seeds:
+        for r in runs:
+            if r.name == "base" and seed != seeds[0]:
+                continue
+            folder = run_folder(out, r.name, seed)
+            done = [t for t in r.tests if (folder / f"eval-{t}" / "metrics.json").is_file()]
+            if done:
+                where = folder.relative_to(out).as_posix()
+                entry = {"run": r.name, "seed": seed, "folder": where}
+                entries.append(entry | {"evaluations": {t: f"{where}/eval-{t}" for t in done}})
+    write_json(out / "runs.json", entries)
+
+
+def write_tables(args, manifest: Path, settings: dict) -> None:
+    """OUT/tables.json and OUT/tables.md from a manifest."""
+    paper, results = read_paper(args.paper), read_results(manifest)
+    tables = build_tables(results, args.main, args.tables)
+    main = args.main or results.tests[0]
+    card = study_card(args, settings) | {"figure_5": {"paper": paper.get("figure_5"), "ours": curves(results)}}
+    card["tag_after_sft_by_pointing"] = by_pointing(results, "sft", f"tag-{main}", main)
+    write_json(args.out / "tables.json", card | {"tables": [as_json(t, paper) for t in tables]})
+    text = "\n".join(markdown(t, paper) for t in tables)
+    with replacing(args.out / "tables.md") as f:
+        f.write(text)
+    print(f"\n{text}\nfigures: {args.out / 'tables.json'}")
+
+
+FIGURE_5 = ("reward", "reward_ans", "reward_au", "reward_fmt", "val_accuracy", "val_au_iou", "val_boxes_per_trace")
+
+
+def curves(results) -> list[dict]:
+    """Of every GRPO run: steps done, held-out accuracy and IoU, and the parts of the reward."""
+    found = []
+    for (name, seed), lines in results.curves.items():
+        if any("reward" in line for line in lines):
+            kept = [{k: line[k] for k in ("step", *FIGURE_5) if k in line} for line in lines]
+            found.append({"run": name, "seed": seed, "lines": kept})
+    return found
+
+
+def study_card(args, settings: dict) -> dict:
+    """What identifies the result: settings, versions, commit, hardware, command."""
+    card = run_card("tools/run_study.py", json.loads(json.dumps(settings, default=str)))
+    threads = args.threads or torch.get_num_threads()
+    card["hardware"] = {"machine": platform.machine(), "cpu_threads": threads, "jobs": args.jobs}
+    card["command"] = shlex.join(["python", "tools/run_study.py", *map(str, sys.argv[1:])])
+    return card
+
+
+def read_seconds(out: Path) -> dict[str, float]:
+    """Seconds of the stages that ran before, by name."""
+    path = out / "stage_seconds.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_json(path: Path, content: object) -> None:
+    """Whole or not at all."""
+    with replacing(path) as f:
+        f.write(json.dumps(content, indent=1) + "\n")
+
+
+def main() -> None:
+    args = parse_args()
+    args.out = args.out.resolve()
+    if args.runs:
+        write_tables(args, args.runs, {"runs": args.runs.name})
+    elif args.profile in SHORT:
+        short_study(args)
+    else:
+        end_with_me()
+        paper_study(args)
 
 
 if __name__ == "__main__":

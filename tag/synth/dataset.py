@@ -16,7 +16,8 @@ from tag.synth.geometry import au_boxes
 from tag.synth.params import AUS, DETECTOR_THRESHOLD, Face, detect, sample_face
 from tag.synth.writer import write_trace
 
-SYNTH_VERSION = 2  # raise when a seed no longer gives the same record or face
+# Raise a domain's when a seed no longer gives the same record or face there.
+SYNTH_VERSIONS = {"shaded": 2, "lineart": 3, "grey": 3}
 
 # Score of its strongest AU from which a face has candidates at all. In the paper's data about 21 % of the traces have
 # none and more than 63 % have three, although five or six AUs are activated on a face: what a writer dares to point at
@@ -69,7 +70,7 @@ def describe(face: Face, split: str) -> Record:
         provenance={
             "seed": face.seed,
             "domain": face.domain,
-            "version": SYNTH_VERSION,
+            "version": SYNTH_VERSIONS[face.domain],
             "true_aus": {n: v for n, v in face.aus.items() if v > 0},
             "occlusion": face.occlusion,
         },
@@ -106,22 +107,22 @@ def write_dataset(
     return records
 
 
-def face_arrays(seed: int, domain: str = "shaded") -> Arrays:
+def face_arrays(seed: int, domain: str = "shaded", habits: str | None = None) -> Arrays:
     """(image uint8 (224, 224, 3), class index, true AU intensities float32 (16,), canvas boxes int64 (16, 4))."""
-    face = sample_face(seed, domain)
+    face = sample_face(seed, domain, habits)
     image, boxes = render(face)
     intensities = np.array([face.aus[n] for n in AUS], dtype=np.float32)
     return np.asarray(image), CLASS_INDEX[face.label], intensities, np.array([boxes[n] for n in AUS], dtype=np.int64)
 
 
-def iter_arrays(seeds: Iterable[int], domain: str = "shaded") -> Iterator[Arrays]:
+def iter_arrays(seeds: Iterable[int], domain: str = "shaded", habits: str | None = None) -> Iterator[Arrays]:
     """`face_arrays` of each seed, one at a time in this process."""
     for seed in seeds:
-        yield face_arrays(seed, domain)
+        yield face_arrays(seed, domain, habits)
 
 
 def render_many(
-    seeds: Iterable[int], domain: str = "shaded", workers: int = 2
+    seeds: Iterable[int], domain: str = "shaded", workers: int = 2, habits: str | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """`face_arrays` of all seeds, stacked, drawn by worker processes.
 
@@ -133,16 +134,18 @@ def render_many(
     intensities = np.empty((len(seeds), len(AUS)), dtype=np.float32)
     boxes = np.empty((len(seeds), len(AUS), 4), dtype=np.int64)
     start = 0
-    for part in _map(_array_chunk, [(domain, seeds[i : i + CHUNK]) for i in range(0, len(seeds), CHUNK)], workers):
+    for part in _map(
+        _array_chunk, [(domain, habits, seeds[i : i + CHUNK]) for i in range(0, len(seeds), CHUNK)], workers
+    ):
         end = start + len(part[1])
         images[start:end], labels[start:end], intensities[start:end], boxes[start:end] = part
         start = end
     return images, labels, intensities, boxes
 
 
-def _array_chunk(task: tuple[str, list[int]]) -> tuple[np.ndarray, ...]:
-    domain, seeds = task
-    images, labels, intensities, boxes = zip(*iter_arrays(seeds, domain))
+def _array_chunk(task: tuple[str, str | None, list[int]]) -> tuple[np.ndarray, ...]:
+    domain, habits, seeds = task
+    images, labels, intensities, boxes = zip(*iter_arrays(seeds, domain, habits))
     return np.stack(images), np.array(labels), np.stack(intensities), np.stack(boxes)
 
 

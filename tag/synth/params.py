@@ -25,6 +25,38 @@ MIN_INTENSITY = 0.2  # of a present AU: some are too weak for the detector
 DETECTOR_NOISE = 0.04
 DETECTOR_THRESHOLD = 0.35
 
+
+@dataclass(frozen=True)
+class Habits:
+    """How the people of a domain show expressions. Probabilities not named here are the common ones above.
+
+    keep: AU -> probability that it is present where it is in the prototype. spurious: AU -> the same where it is not
+    (neutral faces aside). power: intensities are t ** power of a t in [0, 1], so below 1 is strong and above is weak.
+    """
+
+    keep: dict[str, float] = field(default_factory=dict)
+    spurious: dict[str, float] = field(default_factory=dict)
+    power: float = 1.0
+
+
+# The data sets of this field differ in how they were drawn from the world, not only in how they look: posed or
+# candid, strong or weak, open mouths or closed ones. So do the domains.
+HABITS = {
+    "shaded": Habits(),
+    # Drawn to be read: brows and mouths are never forgotten and large; folds of the skin often are left out.
+    "lineart": Habits(
+        keep=dict.fromkeys(("AU1", "AU2", "AU4", "AU12", "AU15", "AU25", "AU26"), 0.93)
+        | dict.fromkeys(("AU6", "AU7", "AU9", "AU10", "AU14", "AU23"), 0.68),
+        power=0.7,
+    ),
+    # Candid and weak: mouths tend to stay closed, and people press lips and chin whatever they feel.
+    "grey": Habits(
+        keep=dict.fromkeys(("AU25", "AU26", "AU5"), 0.7),
+        spurious={"AU14": 0.2, "AU17": 0.2, "AU25": 0.04},
+        power=1.3,
+    ),
+}
+
 HAIR_STYLES = ("bald", "short", "parted", "long", "curly", "bun")
 _SKINS = ((255, 224, 196), (241, 194, 160), (224, 172, 130), (198, 134, 92), (150, 98, 66), (104, 68, 48))
 _HAIRS = ((36, 28, 26), (72, 46, 30), (120, 76, 40), (196, 152, 84), (150, 60, 32), (150, 148, 146), (60, 54, 60))
@@ -101,49 +133,56 @@ class Face:
     background: tuple[tuple[float, float, float], ...] = field(default=())  # four corner colours
 
 
-def presence_probabilities() -> np.ndarray:
-    """P(AU present | class), (7, 16), rows as CLASSES, columns as AUS."""
-    table = np.full((len(CLASSES), len(AUS)), P_SPURIOUS)
+def presence_probabilities(domain: str = "shaded") -> np.ndarray:
+    """P(AU present | class) in a domain, (7, 16), rows as CLASSES, columns as AUS."""
+    habits = HABITS[domain]
+    table = np.tile([habits.spurious.get(name, P_SPURIOUS) for name in AUS], (len(CLASSES), 1))
     table[CLASSES.index("neutral")] = P_SPURIOUS_NEUTRAL
     for i, label in enumerate(CLASSES):
         for name in PROTOTYPES[label]:
-            table[i, AUS.index(name)] = P_KEEP
+            table[i, AUS.index(name)] = habits.keep.get(name, P_KEEP)
     return table
 
 
-def class_posterior(present: np.ndarray) -> np.ndarray:
+def class_posterior(present: np.ndarray, domain: str = "shaded") -> np.ndarray:
     """P(class | set of present AUs) for boolean rows (n, 16) -> (n, 7)."""
-    p = presence_probabilities()
+    p = presence_probabilities(domain)
     present = np.asarray(present, dtype=np.float64)
     log_joint = present @ np.log(p).T + (1 - present) @ np.log1p(-p).T
     joint = np.exp(log_joint - log_joint.max(1, keepdims=True))
     return joint / joint.sum(1, keepdims=True)
 
 
-def bayes_accuracy(samples: int = 0, seed: int = 0) -> float:
-    """Accuracy of the best possible reader of the true AU set.
+def bayes_accuracy(samples: int = 0, seed: int = 0, domain: str = "shaded") -> float:
+    """Accuracy of the best possible reader of the true AU set of a domain's faces.
 
     Exact over all 2^16 sets by default; with `samples` > 0 a Monte Carlo estimate from the generative model.
     """
-    p = presence_probabilities()
+    p = presence_probabilities(domain)
     if samples:
         rng = np.random.default_rng(seed)
         label = rng.integers(len(CLASSES), size=samples)
         present = rng.random((samples, len(AUS))) < p[label]
-        return float((class_posterior(present).argmax(1) == label).mean())
+        return float((class_posterior(present, domain).argmax(1) == label).mean())
     sets = (np.arange(1 << len(AUS))[:, None] >> np.arange(len(AUS))) & 1
     likelihood = np.exp(sets @ np.log(p).T + (1 - sets) @ np.log1p(-p).T)  # (65536, 7)
     return float(likelihood.max(1).sum() / len(CLASSES))
 
 
-def sample_face(seed: int, domain: str = "shaded") -> Face:
-    """The face of `seed`. The domains differ in the drawing alone: same seed, same face."""
-    if domain not in DOMAINS:
-        raise ValueError(f"unknown domain {domain!r}; expected one of {', '.join(DOMAINS)}")
+def sample_face(seed: int, domain: str = "shaded", habits: str | None = None) -> Face:
+    """The face of `seed` in a domain: same seed, same person, class, pose and light in all of them.
+
+    What differs is the drawing and, by `HABITS`, which AUs are present and how strong; all domains read the same
+    random numbers. habits: those of another domain (default: of `domain`). Raises ValueError for an unknown domain.
+    """
+    habits = domain if habits is None else habits
+    for name in (domain, habits):
+        if name not in DOMAINS:
+            raise ValueError(f"unknown domain {name!r}; expected one of {', '.join(DOMAINS)}")
     rng = np.random.default_rng([seed, 1])
     label = CLASSES[int(rng.integers(len(CLASSES)))]
-    present = rng.random(len(AUS)) < presence_probabilities()[CLASSES.index(label)]
-    strength = MIN_INTENSITY + (1 - MIN_INTENSITY) * rng.beta(2.4, 1.5, len(AUS))
+    present = rng.random(len(AUS)) < presence_probabilities(habits)[CLASSES.index(label)]
+    strength = MIN_INTENSITY + (1 - MIN_INTENSITY) * rng.beta(2.4, 1.5, len(AUS)) ** HABITS[habits].power
     aus = {name: round(float(s), 3) if on else 0.0 for name, s, on in zip(AUS, strength, present)}
     identity = _sample_identity(rng)
     pose = Pose(

@@ -46,11 +46,14 @@ class Faces:
 
 
 def draw_faces(start: int, counts: dict[str, int], workers: int) -> Faces:
-    """Draw `counts[domain]` faces of consecutive seeds from `start` on."""
+    """Draw `counts[domain]` faces of consecutive seeds from `start` on.
+
+    All with the habits of the shaded domain: what the base has seen of the other domains is how they look.
+    """
     parts = []
     for domain, count in counts.items():
         if count:
-            parts.append(render_many(range(start, start + count), domain, workers))
+            parts.append(render_many(range(start, start + count), domain, workers, habits="shaded"))
             start += count
     return Faces(*(torch.from_numpy(np.concatenate(p)) for p in zip(*parts)))
 
