@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tag import dist
-from tag.args import Parser, check, run
+from tag.args import NO_ONEDNN, Parser, check, run
 from tag.checkpoint import run_card
 from tag.data.records import read_records
 from tag.evaluation.against import check_comparable, compare, comparison_text
@@ -79,6 +79,7 @@ def parse_args(argv=None):
     a("--cuda-graphs", action="store_true", help="replay the decoding step as a CUDA graph")
     a("--device", choices=("auto", "cpu", "cuda"), default="auto")
     a("--threads", type=int, default=0, help="CPU threads, 0 = PyTorch's choice")
+    a("--no-onednn", action="store_true", help=NO_ONEDNN)
     args = p.parse_args(argv)
     check_flags(args)
     return args
@@ -174,7 +175,7 @@ def evaluate(args, here: dist.Dist) -> None:
 
 def main() -> None:
     args = parse_args()
-    here = dist.setup(args.device, args.threads)
+    here = dist.setup(args.device, args.threads, not args.no_onednn)
     try:
         evaluate(args, here)
     finally:

@@ -245,7 +245,7 @@ def train(args, here: dist.Dist) -> None:
 
 def main() -> None:
     args = parse_args()
-    here = dist.setup(args.device, args.threads)
+    here = dist.setup(args.device, args.threads, not args.no_onednn)
     try:
         train(args, here)
     finally:

@@ -8,6 +8,7 @@ need no collective, so ranks may encode different numbers of faces at any time w
 import gc
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -88,8 +89,11 @@ class Dist:
             dist.barrier()
 
 
-def setup(device: str = "auto", threads: int = 0) -> Dist:
-    """Join the process group `torchrun` describes, or be alone. Call `cleanup` in a finally block."""
+def setup(device: str = "auto", threads: int = 0, onednn: bool = True) -> Dist:
+    """Join the process group `torchrun` describes, or be alone. Call `cleanup` in a finally block.
+
+    threads: of the CPU, 0 = PyTorch's choice. onednn: False computes without that library (`tag.linear`).
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,6 +104,10 @@ def setup(device: str = "auto", threads: int = 0) -> Dist:
         chosen = torch.device(device)
     if threads:
         torch.set_num_threads(threads)
+    if not onednn:
+        with warnings.catch_warnings():  # about Intel's GPUs, of all things
+            warnings.simplefilter("ignore", UserWarning)
+            torch.backends.mkldnn.set_flags(False)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         # A first step may compile kernels and fill caches on one rank long before the others.

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tag.linear import linear
+
 LOSS_AVERAGES = ("sequence", "token", "constant")
 RATIO_LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -199,13 +201,13 @@ class _FrozenHead(torch.autograd.Function):
         for start in range(0, len(targets), chunk_size):
             here = slice(start, start + chunk_size)
             y = targets[here, None]  # (chunk, 1)
-            logits = (hidden[here] @ weight.T).float()  # (chunk, V)
+            logits = linear(hidden[here], weight).float()  # (chunk, V)
             logprobs[here], found, probs = _head_statistics(logits, y, True)
             if with_entropy:
                 entropy[here] = found
             # onehot - p before rounding to the head's dtype: of a token nearly certain, little more than that is left.
             probs.neg_().scatter_add_(1, y, torch.ones_like(y, dtype=probs.dtype))
-            torch.mm(probs.to(weight.dtype), weight, out=slope[here])
+            slope[here] = linear(probs.to(weight.dtype), weight.t())
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -232,7 +234,7 @@ def _head_statistics(logits: Tensor, y: Tensor, with_probs: bool) -> tuple[Tenso
 
 def _trained_head(hidden: Tensor, weight: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
     """One chunk, differentiable in both."""
-    logprobs, entropy, _ = _head_statistics((hidden @ weight.T).float(), targets[:, None], with_entropy)
+    logprobs, entropy, _ = _head_statistics(linear(hidden, weight).float(), targets[:, None], with_entropy)
     return logprobs, logprobs.detach() if entropy is None else entropy
 
 

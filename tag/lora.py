@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tag.errors import DataError
 from tag.files import replacing, write_tensors
+from tag.linear import linear
 
 # Every attention and MLP linear of a Qwen2.5-VL decoder layer (paper C.1).
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -55,13 +56,13 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        y = F.linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias)
         if self.active is None:
             return y
         # The fp32 master weights compute in the activations' dtype (under FSDP they arrive cast already).
         A, B = self.lora_A[self.active].to(x.dtype), self.lora_B[self.active].to(x.dtype)
         x = F.dropout(x, self.dropout[self.active], self.training)
-        h = F.linear(x.reshape(-1, x.shape[-1]), A)  # (tokens, r)
+        h = linear(x.reshape(-1, x.shape[-1]), A)  # (tokens, r)
         # One product that adds into y: as y + s * (h B^T) it would be two more passes over (tokens, out).
         return torch.addmm(y.reshape(-1, y.shape[-1]), h, B.T, alpha=self.scaling[self.active]).view_as(y)
 

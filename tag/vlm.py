@@ -25,6 +25,7 @@ from tag.boxes import MODEL_SIZE, Canvas
 from tag.data.batching import Batch, Prompt
 from tag.errors import DataError
 from tag.grpo import token_logprobs_and_entropy
+from tag.linear import use_onednn
 from tag.lora import LoRALinear, full_tensor
 from tag.prompts import TAG_PROMPT
 
@@ -40,6 +41,7 @@ class VLM(nn.Module):
         super().__init__()
         # Any other text attention would ignore the blocks `forward` hands over, and see everything.
         hf_model.set_attn_implementation({"": "sdpa", "text_config": ATTENTION})
+        use_onednn(hf_model)
         self.hf_model = hf_model
         self.tokenizer = tokenizer
         self.image_processor = image_processor

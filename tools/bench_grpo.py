@@ -119,7 +119,7 @@ def summary(steps: list[dict]) -> dict:
 def main(argv: list[str] | None = None) -> None:
     """Measure and write."""
     args = parse_args(argv)
-    here = dist.setup(args.device, args.threads)
+    here = dist.setup(args.device, args.threads, not args.no_onednn)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         count = (args.warmup + args.repeats) * args.rollouts // args.group_size

@@ -144,7 +144,7 @@ def shown(result: dict) -> dict:
 def main(argv: list[str] | None = None) -> None:
     """Measure and write."""
     args = parse_args(argv)
-    here = dist.setup(args.device, args.threads)
+    here = dist.setup(args.device, args.threads, not args.no_onednn)
     vlm = bench_vlm(args.config, here.device, args.dtype)
     spread_group = max(args.group_sizes)
     cases = [(r, g, [args.max_new_tokens] * r) for r in args.rows for g in args.group_sizes]

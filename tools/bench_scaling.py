@@ -188,7 +188,7 @@ def comparison(found: dict) -> list[dict]:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 1 if a count is not what the formula says."""
     args = parse_args(argv)
-    here = dist.setup("cpu", args.threads)
+    here = dist.setup("cpu", args.threads, not args.no_onednn)
     if args.worker:
         try:
             found = worker(args, here)

@@ -102,7 +102,7 @@ def logprob_memory(args, device: torch.device) -> dict:
 def main(argv: list[str] | None = None) -> None:
     """Measure and write."""
     args = parse_args(argv)
-    here = dist.setup(args.device, args.threads)
+    here = dist.setup(args.device, args.threads, not args.no_onednn)
     memory = logprob_memory(args, here.device)
     vlm = bench_vlm(args.config, here.device, args.dtype)
     add_lora(vlm.hf_model, args.lora_rank, 2.0 * args.lora_rank, 0.0)

@@ -99,7 +99,7 @@ def trl_steps(args, folder: Path, records: list, here: dist.Dist) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     """Measure and write."""
     args = parse_args(argv)
-    here = dist.setup(args.device, args.threads)
+    here = dist.setup(args.device, args.threads, not args.no_onednn)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         records = write_dataset(folder, "train", args.batch_size * (args.warmup + args.repeats), workers=1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tag.args import Parser, check, run
+from tag.args import NO_ONEDNN, Parser, check, run
 from tag.bench.workload import CONFIGS
 from tag.errors import UsageError
 from tag.vlm import DTYPES
@@ -21,6 +21,7 @@ def bench_parser(doc: str | None, tool: str, configs: Sequence[str] = CONFIGS) -
     p.add_argument("--repeats", type=int, default=5, help="what is measured, so many times, after a warm-up")
     p.add_argument("--seconds", type=float, default=1e9, help="no new repeat when about so much time is spent")
     p.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = PyTorch's choice")
+    p.add_argument("--no-onednn", action="store_true", help=f"ours: {NO_ONEDNN}")
     p.add_argument("--out", default=f"docs/results/{Path(tool).stem}.json", help="the JSON to write")
     return p
 

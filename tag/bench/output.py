@@ -13,6 +13,7 @@ import torch
 from tag.bench.measure import hardware
 from tag.checkpoint import run_card
 from tag.files import replacing
+from tag.linear import kernel
 
 COLOURS = {"sample": "#4c78a8", "score": "#72b7b2", "backward": "#f58518", "other": "#bab0ac"}
 
@@ -26,7 +27,7 @@ def card(tool: str, args: object, argv: Sequence[str] | None, device: torch.devi
         except PackageNotFoundError:
             found["versions"][name] = None
     found["command"] = shlex.join(["python", tool, *(sys.argv[1:] if argv is None else argv)])
-    return found | {"hardware": hardware(device)}
+    return found | {"hardware": hardware(device), "float32_products": kernel(device)}
 
 
 def write_json(path: str | Path, content: dict) -> None:

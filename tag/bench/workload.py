@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor, Logit
 
 from tag.bench.measure import bandwidth, matrix_rate
 from tag.data.batching import Group, Prompt, cut_to, plan_micro_batches
+from tag.linear import use_onednn
 from tag.random_vlm import config_7b, random_vlm
 from tag.rollout.hf import left_padded
 from tag.tiny.checkpoint import build_config
@@ -85,9 +86,10 @@ def hf_generate(
     """Hugging Face `generate` on the same weights and visual tokens, `rows` completions at a time, in order.
 
     cache: None (its default, dynamic) or "static". Sampling is its own, at T = 1 from the full distribution. Returns
-    the tokens sampled before each row's end.
+    the tokens sampled before each row's end. Its linear layers become PyTorch's own, as its users have them.
     """
     tokens = 0
+    use_onednn(vlm.hf_model, False)
     for start in range(0, len(lengths), rows):
         part = lengths[start : start + rows]
         chosen = [prompts[n // group_size] for n in range(start, start + len(part))]

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tag.linear import add_linear, linear
 from tag.rollout.cache import CacheView
 
 
@@ -55,16 +56,21 @@ class TextDecoder:
         def new(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
+        def matrix(out_features: int, in_features: int) -> Tensor:
+            if device.type == "cpu":  # the order in which oneDNN reads it fastest
+                return new(in_features, out_features).t()
+            return new(out_features, in_features)
+
         qkv_rows = self.K * (self.G + 2) * self.D
         self.layers = [
             Layer(
                 input_norm=new(self.H),
-                qkv=new(qkv_rows, self.H),
+                qkv=matrix(qkv_rows, self.H),
                 qkv_bias=new(qkv_rows),
-                o=new(self.H, self.H),
+                o=matrix(self.H, self.H),
                 post_norm=new(self.H),
-                gate_up=new(2 * self.I, self.H),
-                down=new(self.H, self.I),
+                gate_up=matrix(2 * self.I, self.H),
+                down=matrix(self.H, self.I),
             )
             for _ in range(self.N)
         ]
@@ -157,7 +163,7 @@ class TextDecoder:
         kv = torch.empty(self.N, S, K, 2, P, D, dtype=self.dtype, device=self.device)
         x = embeds.reshape(S * P, H)  # (S * P, H), new: the residual stream is updated in place
         for i, layer in enumerate(self.layers):
-            qkv = F.linear(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias).view(S, P, K, G + 2, D)
+            qkv = linear(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias).view(S, P, K, G + 2, D)
             rotate_(qkv[..., : G + 1, :], cos, sin)
             qkv = qkv.permute(0, 2, 3, 1, 4)  # (S, K, G + 2, P, D)
             kv[i].copy_(qkv[:, :, G:])
@@ -165,9 +171,9 @@ class TextDecoder:
             k, v = (qkv[:, :, j, None].expand(S, K, G, P, D).reshape(S, K * G, P, D) for j in (G, G + 1))
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (S, K * G, P, D)
             attended = attended.transpose(1, 2).reshape(S * P, H)
-            x = self._mlp(torch.addmm(x, attended, layer.o.t()), layer.post_norm, layer.gate_up, layer.down)
+            x = self._mlp(add_linear(x, attended, layer.o), layer.post_norm, layer.gate_up, layer.down)
         last = x.view(S, P, H)[torch.arange(S, device=x.device), lengths - 1]  # (S, H)
-        return kv, F.linear(self._norm(last, self.norm), self.head)
+        return kv, linear(self._norm(last, self.norm), self.head)
 
     def step(self, tokens: Tensor, positions: Tensor, count: Tensor, cache: CacheView, logits: Tensor) -> None:
         """One token for each row: store its KV, leave the logits of the next token in `logits`.
@@ -181,22 +187,22 @@ class TextDecoder:
         for i, layer in enumerate(self.layers):
             qkv = self._project(x, layer.input_norm, layer.qkv, layer.qkv_bias, cos, sin)  # (R, K, G + 2, D)
             attended = cache.attend(i, qkv.view(R * K, G + 2, D)).view(R, self.H)
-            x = self._mlp(torch.addmm(x, attended, layer.o.t()), layer.post_norm, layer.gate_up, layer.down)
-        torch.mm(self._norm(x, self.norm), self.head.t(), out=logits)
+            x = self._mlp(add_linear(x, attended, layer.o), layer.post_norm, layer.gate_up, layer.down)
+        logits.copy_(linear(self._norm(x, self.norm), self.head))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (self.H,), weight, self.eps)
 
     def _project(self, x: Tensor, norm: Tensor, qkv: Tensor, bias: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Queries, keys and values of x (R, H), rotated: (R, K, G + 2, D)."""
-        out = F.linear(self._norm(x, norm), qkv, bias).view(len(x), self.K, self.G + 2, self.D)
+        out = linear(self._norm(x, norm), qkv, bias).view(len(x), self.K, self.G + 2, self.D)
         rotate_(out[:, :, : self.G + 1], cos, sin)
         return out
 
     def _mlp(self, x: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """x + SwiGLU(norm(x)), x (M, H)."""
-        gate, up = F.linear(self._norm(x, norm), gate_up).chunk(2, dim=-1)  # (M, I) each
-        return torch.addmm(x, F.silu(gate, inplace=True).mul_(up), down.t())
+        gate, up = linear(self._norm(x, norm), gate_up).chunk(2, dim=-1)  # (M, I) each
+        return add_linear(x, F.silu(gate, inplace=True).mul_(up), down)
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:

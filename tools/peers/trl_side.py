@@ -17,6 +17,7 @@ from tag.boxes import Canvas
 from tag.data.images import load_image
 from tag.data.records import Record, resolve_image
 from tag.errors import UsageError
+from tag.linear import use_onednn
 from tag.lora import TARGETS
 from tag.prompts import TAG_PROMPT
 from tag.vlm import VLM
@@ -133,6 +134,7 @@ def grpo_steps(
     )  # fmt: skip
     count = len(records)
     table = {"prompt": [question()] * count, "image": faces(records, image_root), "index": list(range(count))}
+    use_onednn(vlm.hf_model, False)  # layers as TRL's users have them
     trainer = GRPOTrainer(
         vlm.hf_model, rewards, config, Dataset.from_dict(table), processing_class=processor_of(vlm),
         peft_config=lora, callbacks=[StepTimes(on_step)],
@@ -166,6 +168,7 @@ def sft_steps(
     answers = [[{"role": "assistant", "content": record.trace}] for record in records]
     images = [[face] for face in faces(records, image_root)]
     table = {"prompt": [question()] * len(records), "completion": answers, "images": images}
+    use_onednn(vlm.hf_model, False)
     trainer = SFTTrainer(
         vlm.hf_model, config, train_dataset=Dataset.from_dict(table), processing_class=processor_of(vlm),
         peft_config=lora, callbacks=[StepTimes(on_step)],
