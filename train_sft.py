@@ -113,7 +113,7 @@ def train(args, here: dist.Dist) -> None:
 
     # ---- model: LoRA -> freeze -> activation checkpointing -> shard -----------------------------------------------
     vlm = load_vlm(args.model, args.dtype, here.device)
-    vlm.dense_attention = args.dense_attention
+    vlm.dense_attention, vlm.frozen_shortcut = args.dense_attention, not args.no_frozen_shortcut
     torch.manual_seed(args.seed)
     if args.adapter:
         load_adapter(vlm.hf_model, args.adapter)
@@ -139,7 +139,7 @@ def train(args, here: dist.Dist) -> None:
         f"record {records[longest].id!r} takes {total} tokens, more than --context {args.context}",
     )
     faces = Faces(records, image_root, vlm, args.cache_gb, args.workers, args.on_bad_image)
-    engine = RolloutEngine(vlm, max_rows=args.rollout_rows, max_new_tokens=args.max_new_tokens)
+    engine = RolloutEngine(vlm, args.rollout_rows, args.max_new_tokens, fused=not args.no_fused_projections)
 
     # ---- where we are ---------------------------------------------------------------------------------------------
     steps = num_steps(len(records), args.batch_size, args.epochs)

@@ -46,6 +46,7 @@ class VLM(nn.Module):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.dense_attention = False  # True: one L x L mask instead of blocks, the plain path that tests compare with
+        self.frozen_shortcut = True  # gradient through a frozen head on the way forward (tag/grpo.py)
         self.kept_projectors: dict[str, dict[str, Tensor]] = {}
         self.source = source  # where the base came from, for the run card and adapter_config.json
         self.text_config = hf_model.config.text_config
@@ -160,7 +161,8 @@ class VLM(nn.Module):
             use_cache=False,
         ).last_hidden_state  # (R, L, H)
         hidden = hidden.flatten(0, 1)[batch.sources]  # (M, H), only what predicts a completion token
-        return token_logprobs_and_entropy(hidden, self.hf_model.lm_head.weight, batch.targets)
+        head = self.hf_model.lm_head.weight
+        return token_logprobs_and_entropy(hidden, head, batch.targets, frozen_shortcut=self.frozen_shortcut)
 
     def _attention(self, batch: Batch, dtype: torch.dtype) -> dict:
         """Who sees whom, as arguments of the language model."""
