@@ -90,7 +90,7 @@ def check(condition: bool, message: str) -> None:
 RUNTIME_FLAGS = frozenset(
     {"preset", "out", "micro_tokens", "device", "threads", "save_every", "keep_checkpoints", "rollout_rows"}
     | {"activation_checkpointing", "kv_gb", "cuda_graphs", "compile", "workers", "no_fused_optimizer"}
-    | {"dense_attention", "no_memory_check", "no_onednn", "no_frozen_shortcut", "no_fused_projections"}
+    | {"dense_attention", "no_memory_check", "no_onednn", "no_frozen_shortcut", "no_fused_projections", "token_cache"}
     | {"save_minutes", "max_skipped", "slow_minutes", "hang_minutes", "on_bad_image"}
     | {"shard", "stop_after", "cache_gb", "record_every", "record_state", "record_budget_mb", "waive_gates"}
 )
@@ -149,7 +149,8 @@ def add_running_flags(p: Parser, micro_tokens: int, save_every: int) -> Callable
     return a
 
 
-BEFORE_THE_CARD = (LOCK, "heartbeat")  # what a run killed at its very beginning leaves
+TOKENS = "tokens"  # in the run folder, if not elsewhere by --token-cache
+BEFORE_THE_CARD = (LOCK, "heartbeat", TOKENS)  # what a run killed at its very beginning leaves
 
 
 def claim_run_folder(out: str | os.PathLike, script: str, args: argparse.Namespace, is_main: bool) -> bool:

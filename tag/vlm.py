@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from tag.attention import NAME as ATTENTION
 from tag.boxes import MODEL_SIZE, Canvas
 from tag.data.batching import Batch, Prompt
+from tag.data.tokens import encode_completion
 from tag.errors import DataError
 from tag.grpo import token_logprobs_and_entropy
 from tag.linear import use_onednn
@@ -83,7 +84,7 @@ class VLM(nn.Module):
 
     def encode_completion(self, text: str) -> list[int]:
         """Token ids of a completion with the end-of-turn token, which is trained on."""
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.eos_id]
+        return encode_completion(self.tokenizer, self.eos_id, text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a completion, special tokens left out."""
