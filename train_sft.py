@@ -131,27 +131,26 @@ def train(args, here: dist.Dist) -> None:
     params = trained_parameters(vlm)  # name -> parameter
     optimizer = adamw(params, args.lr, args.weight_decay, fused=not args.no_fused_optimizer)
 
-    # ---- sequences ------------------------------------------------------------------------------------------------
+    # ---- faces and sequences; what is not there is found before anything is written -------------------------------
     prompt = vlm.prompt()
-    traces = [strip_boxes(r.trace) if args.strip_bbox else r.trace for r in records]
-    folder = args.token_cache or Path(args.out) / TOKENS
-
-    def name(i: int) -> str:
-        """A record in messages."""
-        return f"{line_of(train_file, records[i].id)}: record {records[i].id!r}"
-
-    completions = tokenise(traces, vlm.tokenizer, vlm.eos_id, folder, here, workers=args.workers, name=name)
-    longest = int(completions.lengths.argmax())
-    total = len(prompt.input_ids) + int(completions.lengths[longest])
-    check(total <= args.context, f"{name(longest)} takes {total} tokens, more than --context {args.context}")
     faces = Faces(records, image_root, vlm, args.cache_gb, args.workers, args.on_bad_image)
-    count, ids = len(records), [record.id for record in records]
-    del records, traces  # of 300,000 faces they are gigabytes, and the loop needs neither
     engine = RolloutEngine(vlm, args.rollout_rows, args.max_new_tokens, fused=not args.no_fused_projections)
-
-    # ---- where we are ---------------------------------------------------------------------------------------------
+    count, ids = len(records), faces.ids
     steps = num_steps(count, args.batch_size, args.epochs)
     held_out = HeldOut(validation, image_root, vlm, args, steps, here)
+    completions = tokenise(
+        [strip_boxes(r.trace) if args.strip_bbox else r.trace for r in records],
+        vlm.tokenizer,
+        vlm.eos_id,
+        args.token_cache or Path(args.out) / TOKENS,
+        here,
+        workers=args.workers,
+        longest=args.context - len(prompt.input_ids),
+        name=lambda i: f"{line_of(train_file, ids[i])}: record {ids[i]!r}",
+    )
+    del records  # of 300,000 faces they are gigabytes, and the loop needs them no more
+
+    # ---- where we are ---------------------------------------------------------------------------------------------
     card = run_card("train_sft.py", json.loads(json.dumps(vars(args), default=str)), world=here.world, steps=steps)
     guard = Guard(args.out, args, params, optimizer, here)  # the folder is this run's alone
     passes = Passes(args.micro_tokens, args.out, here, vlm.pad_id, sharded, pack=not args.no_pack)

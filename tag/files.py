@@ -16,7 +16,8 @@ os.umask(_UMASK)
 
 @contextmanager
 def replacing(path: str | os.PathLike, binary: bool = False) -> Iterator[IO]:
-    """A UTF-8 text file (or a binary one) written beside `path` and renamed over it when the block ends; folders are made as needed.
+    """A file, UTF-8 text or binary, written beside `path` and renamed over it when the block ends; folders are made as
+    needed.
 
     If the block raises, what stood at `path` stays and the half-written file is removed.
     """

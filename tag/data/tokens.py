@@ -63,32 +63,44 @@ def tokenise(
     here: Dist,
     *,
     workers: int = 0,
+    longest: int = 2**31 - 1,
     name: Callable[[int], str] = "text {}".format,
 ) -> Completions:
     """`encode_completion` of all texts, from `folder` where it has been done before; a collective.
 
     Ranks share the files that are missing, each with `workers` processes (0: itself). Raises DataError, on all ranks
-    the same, for the first text (called `name(index)`) that spells a special token or cannot be encoded.
+    the same, for the first text (called `name(index)`) that takes more than `longest` tokens, spells a special token or
+    cannot be encoded; its file is not written.
     """
     key = _tokenizer_key(tokenizer, eos_id)
     starts = range(0, len(texts), PART)
     parts = [texts[start : start + PART] for start in starts]
     paths = [Path(folder) / f"{_part_key(key, part)}.tokens" for part in parts]
     mine = [k for k in range(here.rank, len(parts), here.world) if _read(paths[k], len(parts[k])) is None]
-    found = _make([(parts[k], paths[k]) for k in mine], (tokenizer, eos_id), workers)
+    found = _make([(parts[k], paths[k], longest) for k in mine], (tokenizer, eos_id), workers)
     problems = [(starts[k] + row, problem) for k, bad in zip(mine, found) for row, problem in bad]
     if problems := [p for rank in here.gather(sorted(problems)[:1]) for p in rank]:  # all ranks have written theirs
-        index, problem = min(problems)
-        raise DataError(f"{name(index)}: {problem}")
+        _complain(*min(problems), name)
     opened = []
     for part, path in zip(parts, paths):
         if (data := _read(path, len(part))) is None:  # not a folder that all machines share
-            _make_part(part, path, (tokenizer, eos_id))
+            _make_part(part, path, longest, (tokenizer, eos_id))
             data = _read(path, len(part))
         if data is None:
             raise UsageError(f"{path}: what was just written there cannot be read back; another --token-cache?")
         opened.append(data)
-    return Completions(opened)
+    completions = Completions(opened)
+    for index in np.flatnonzero(completions.lengths > longest)[:1]:  # in a file from before
+        _complain(int(index), _too_long(completions.lengths[index], longest), name)
+    return completions
+
+
+def _complain(index: int, problem: str, name: Callable[[int], str]) -> None:
+    raise DataError(f"{name(index)}: {problem}")
+
+
+def _too_long(length: int, longest: int) -> str:
+    return f"the trace takes {length} tokens, --context leaves room for {longest} beside the prompt"
 
 
 def _tokenizer_key(tokenizer, eos_id: int) -> bytes:
@@ -106,7 +118,7 @@ def _part_key(key: bytes, texts: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _make(tasks: list[tuple[Sequence[str], Path]], held: tuple, workers: int) -> list[list[tuple[int, str]]]:
+def _make(tasks: list[tuple[Sequence[str], Path, int]], held: tuple, workers: int) -> list[list[tuple[int, str]]]:
     """The problems of each part, which is written if it has none."""
     if not workers or len(tasks) < 2:
         return [_make_part(*task, held) for task in tasks]
@@ -122,7 +134,7 @@ def _make(tasks: list[tuple[Sequence[str], Path]], held: tuple, workers: int) ->
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _make_part(texts: Sequence[str], path: Path, held: tuple | None = None) -> list[tuple[int, str]]:
+def _make_part(texts: Sequence[str], path: Path, longest: int, held: tuple | None = None) -> list[tuple[int, str]]:
     """Write one file; the problems that kept it from being written, (row, what)."""
     tokenizer, eos_id = held or held_by_worker()
     special = {*tokenizer.all_special_ids, eos_id}
@@ -134,6 +146,8 @@ def _make_part(texts: Sequence[str], path: Path, held: tuple | None = None) -> l
             return [(row, f"the trace cannot be tokenised ({' '.join(str(e).split())[:80]})")]
         if found := special.intersection(rows[-1][:-1]):
             return [(row, f"the trace spells the special token {tokenizer.convert_ids_to_tokens(min(found))!r}")]
+        if len(rows[-1]) > longest:
+            return [(row, _too_long(len(rows[-1]), longest))]
     flat = [len(rows), *map(len, rows)]
     for ids in rows:
         flat += ids
