@@ -244,7 +244,8 @@ def test_bench_sft_alone(tmp_path):
     found = identified(out)
     assert set(found["seconds"]) == {"ours", "ours, cached"}
     assert found["steps"]["ours"][0]["vision"] > found["steps"]["ours, cached"][0].get("vision", 0) >= 0
-    assert set(found["packing_fill"].values()) == {1.0} and 0 < found["share_of_matrix_rate"] < 1
+    assert found["packing_fill"]["1"] == 1.0 and min(found["packing_fill"].values()) > 0.95
+    assert 0 < found["share_of_matrix_rate"] < 1
 
 
 @pytest.mark.slow
