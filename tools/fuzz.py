@@ -6,7 +6,7 @@
 
 `mutate` makes inputs from valid ones and from words of the format, keeps those that behave in a new way, and is the
 same for the same --seed. `atheris` is coverage-guided: libFuzzer sees which lines of ours an input reaches. What must
-hold of each target is written in tag/fuzz/targets.py. Inputs that fail are written to --found; exit code 1 if there are
+hold of each target is written in tag/fuzz. Inputs that fail are written to --found; exit code 1 if there are
 any. Put them into tests/fuzz_cases once mended: every test run replays those.
 """
 
@@ -27,6 +27,7 @@ from tag.args import Parser, check, run
 from tag.errors import DataError, UsageError
 
 NAMES = ("trace", "rewards", "records", "predictions", "labels", "openface", "answer", "canvas", "page")
+NAMES += ("verdict", "judged", "raters", "key", "answers", "card", "manifest", "curve")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

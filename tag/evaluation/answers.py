@@ -133,17 +133,19 @@ class AnswerBook:
             found = {p.id: p for p in read_predictions(path)}
         for path in sorted(self.folder.glob("rank-*.jsonl")):
             for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-                if _is_json(line):  # else torn by a kill: its face is asked again
-                    prediction = from_line(line.decode(), f"{path}:{number}")
+                if (text := _whole(line)) is not None:
+                    prediction = from_line(text, f"{path}:{number}")
                     found[prediction.id] = prediction
         if others := found.keys() - {record.id for record in self.records}:
             raise UsageError(f"{self.out} holds answers about other faces ({min(others)[:60]!r}); choose another --out")
         return list(found.values())
 
 
-def _is_json(line: bytes) -> bool:
+def _whole(line: bytes) -> str | None:
+    """The line as text; None for one torn by a kill, whose face is asked again."""
     try:
-        json.loads(line)
+        text = line.decode("utf-8")
+        json.loads(text)
     except (ValueError, RecursionError):
-        return False
-    return True
+        return None
+    return text

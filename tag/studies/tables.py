@@ -182,7 +182,7 @@ def read_paper(path: str | os.PathLike = PAPER_FILE) -> dict:
                 for metrics in sets.values():
                     for value in metrics.values():
                         float(value)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise DataError(f"{path}: not a file of the paper's figures ({type(e).__name__}: {e})") from None
     return paper
 
