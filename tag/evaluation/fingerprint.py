@@ -90,9 +90,9 @@ def claim(out: str | os.PathLike, mine: Mapping[str, Any]) -> None:
     was, now = _leaves(theirs), _leaves(mine)
     changed = [key for key in {**now, **was} if was.get(key, "not there") != now.get(key, "not there")]
     if changed:
-        key = changed[0]
+        theirs, mine = (str(leaves.get(changed[0]))[:80] for leaves in (was, now))
         raise UsageError(
-            f"{out} holds another evaluation: its {key[:80]} is {str(was.get(key))[:80]}, this one's is {str(now.get(key))[:80]}; "
+            f"{out} holds another evaluation: its {changed[0][:80]} is {theirs}, this one's is {mine}; "
             "repeat its command to go on with it, or choose another --out"
         )
 

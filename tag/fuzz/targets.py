@@ -7,7 +7,6 @@ property that does not hold, anything else for a crash. `DataError` and `Malform
 
 from collections.abc import Callable, Hashable
 from html.parser import HTMLParser
-from pathlib import Path
 
 from tag.au.openface import read_openface
 from tag.boxes import CANVAS_SIZE, Box, Canvas, clip_to_canvas, is_valid

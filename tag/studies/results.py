@@ -111,16 +111,15 @@ def curve_of(lines: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
 
 
 def _usable(manifest: Path, folder: str, number: int) -> Path:
-    """A folder that the manifest names. Raises DataError for a name that no file can have."""
+    """A folder that the manifest names. Raises DataError if it is not there, or its name is none that a line can hold."""
+    path = manifest.parent / folder
     try:
-        if not folder.isprintable():
-            raise ValueError
-        os.stat(manifest.parent / folder)
-    except FileNotFoundError:
-        pass  # whoever opens a file in it says so
-    except (OSError, ValueError) as e:
-        raise DataError(f"{manifest}, run {number}: {folder[:60]!r} cannot be read ({type(e).__name__})") from None
-    return manifest.parent / folder
+        there = folder.isprintable() and path.is_dir()
+    except (OSError, ValueError):  # too long, or with lone surrogates
+        there = False
+    if not there:
+        raise DataError(f"{manifest}, run {number}: there is no folder {folder[:100]!r}")
+    return path
 
 
 def _is_finite(value: object) -> bool:
