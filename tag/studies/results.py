@@ -111,10 +111,10 @@ def curve_of(lines: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
 
 
 def _usable(manifest: Path, folder: str, number: int) -> Path:
-    """A folder that the manifest names. Raises DataError if it is not there, or its name is none that a line can hold."""
+    """A folder that the manifest names. Raises DataError if there is none."""
     path = manifest.parent / folder
     try:
-        there = folder.isprintable() and path.is_dir()
+        there = path.is_dir()
     except (OSError, ValueError):  # too long, or with lone surrogates
         there = False
     if not there:
