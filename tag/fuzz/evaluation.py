@@ -18,7 +18,7 @@ from tag.preference.pairs import Pair
 from tag.preference.people_summary import judge_counts, read_judgements
 from tag.preference.results import FORMAT, ratings_of, read_result
 from tag.preference.rubric import CRITERIA, MAX_REASON, PREFERENCES, judge_prompt, read_verdict
-from tag.preference.study import CHOICES, checksum, make_study, read_key, write_key
+from tag.preference.study import CHOICES, Item, Study, checksum, make_study, read_key, write_key
 from tag.studies.results import curve_of, read_curve, read_results
 from tag.trace import format_trace
 
@@ -45,7 +45,7 @@ def verdict(data: bytes) -> Hashable:
     assert all(len(s) == len(CRITERIA) and set(s) <= {1, 2, 3, 4, 5} for s in found.scores) and len(found.scores) == 2
     assert found.preference in PREFERENCES and len(found.reason) <= MAX_REASON and "\n" not in found.reason
     found.reason.encode("utf-8")
-    return found.preference, found.scores[0][0], min(len(found.reason), 2)
+    return found.preference, found.scores, min(len(found.reason), 2)
 
 
 def judged(data: bytes) -> Hashable:
@@ -91,13 +91,29 @@ def _result(data: bytes) -> Hashable:
 
 
 def key(data: bytes) -> Hashable:
-    """A study's key.json: the study that it was written of, or one line."""
+    """A study's key.json: a study whose seals fit, or one line; tried with its seals made anew, too."""
+    seen = [_study(data)]
+    try:
+        raw = json.loads(data)
+        for part in raw["sets"]:
+            items = [Item(i["token"], i["id"], i["a"], tuple(i["responses"])) for i in part["pairs"]]
+            part["seal"] = Study(raw["study"], raw["secret"], tuple(raw["models"]), {part["set"]: items}).seal(
+                part["set"]
+            )
+        seen.append(_study(json.dumps(raw).encode()))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass  # too broken to be sealed
+    return tuple(seen)
+
+
+def _study(data: bytes) -> Hashable:
     try:
         found = read_key(file_of(data))
     except DataError as e:
         return check_message(e)
     assert found.sets and all(item.a in (0, 1) for items in found.sets.values() for item in items)
-    return len(found.sets), sum(map(len, found.sets.values()))
+    assert len({*found.models}) == 2
+    return len(found.sets), tuple(item.a for items in found.sets.values() for item in items)
 
 
 def answers(data: bytes) -> Hashable:
@@ -148,7 +164,7 @@ def curve(data: bytes) -> Hashable:
         return check_message(e)
     steps, values = curve_of(found, "reward")
     assert len(steps) == len(values) and all(abs(v) < float("inf") for v in values)
-    return min(len(found), 3), min(len(values), 3)
+    return min(len(found), 6), min(len(values), 6), values[:1] == [0.5]
 
 
 @cache
