@@ -109,6 +109,8 @@ def read_key(path: str | os.PathLike) -> Study:
             for s in raw["sets"]
         }
         study = Study(str(raw["study"]), str(raw["secret"]), (str(raw["models"][0]), str(raw["models"][1])), sets)
+        if study.models[0] == study.models[1]:
+            raise ValueError
         seals = {int(s["set"]): s["seal"] for s in raw["sets"]}
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror or e})") from None
