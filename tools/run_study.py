@@ -35,7 +35,7 @@ from tag.checkpoint import run_card
 from tag.data.records import read_records, write_records
 from tag.evaluation.metrics import compare_runs
 from tag.evaluation.predictions import read_predictions
-from tag.files import replacing
+from tag.files import replacing, write_json
 from tag.studies.components import MODELS, PAIRS, table
 from tag.studies.execute import end_with_me, run_stages
 from tag.studies.plan import PROFILES, Run, data_stages, run_folder, stages, study_runs
@@ -136,8 +136,7 @@ def short_study(args) -> None:
     stage("faces", "tools/make_synth.py", "--out", data, "--train", train, "--val", val, "--test", test)
     runs = [run_seed(args, profile, data, seed) for seed in seeds]
     card = study_card(args, {"profile": args.profile, "seeds": seeds, "faces": profile["faces"]})
-    with replacing(args.out / "study.json") as f:
-        f.write(json.dumps(card | {"runs": runs}, indent=2) + "\n")
+    write_json(args.out / "study.json", card | {"runs": runs})
     text = table(runs)
     with replacing(args.out / "study.md") as f:
         f.write(text)
@@ -162,7 +161,7 @@ def paper_study(args) -> None:
 
     def finished(stage, took: float) -> None:
         seconds[stage.name] = round(seconds.get(stage.name, 0.0) + took, 1)
-        write_json(args.out / "stage_seconds.json", seconds)
+        write_json(args.out / "stage_seconds.json", seconds, 1)
         write_manifest(args.out, runs, seeds)
 
     logs = args.out / "logs"
@@ -181,7 +180,7 @@ def claim(out: Path, name: str, profile: dict) -> None:
     mine = {"name": name, "profile": profile}
     if path.is_file():
         check(json.loads(path.read_text()) == mine, f"{out} holds a study of another profile; choose another --out")
-    write_json(path, mine)
+    write_json(path, mine, 1)
 
 
 def join_domains(data: Path) -> None:
@@ -213,7 +212,7 @@ def write_manifest(out: Path, runs: list[Run], seeds: list[int]) -> None:
                 where = folder.relative_to(out).as_posix()
                 entry = {"run": r.name, "seed": seed, "folder": where}
                 entries.append(entry | {"evaluations": {t: f"{where}/eval-{t}" for t in done}})
-    write_json(out / "runs.json", entries)
+    write_json(out / "runs.json", entries, 1)
 
 
 def write_tables(args, manifest: Path, settings: dict) -> None:
@@ -223,7 +222,7 @@ def write_tables(args, manifest: Path, settings: dict) -> None:
     main = args.main or results.tests[0]
     card = study_card(args, settings) | {"figure_5": {"paper": paper.get("figure_5"), "ours": curves(results)}}
     card["tag_after_sft_by_pointing"] = by_pointing(results, "sft", f"tag-{main}", main)
-    write_json(args.out / "tables.json", card | {"tables": [as_json(t, paper) for t in tables]})
+    write_json(args.out / "tables.json", card | {"tables": [as_json(t, paper) for t in tables]}, 1)
     text = "\n".join(markdown(t, paper) for t in tables)
     with replacing(args.out / "tables.md") as f:
         f.write(text)
@@ -256,12 +255,6 @@ def read_seconds(out: Path) -> dict[str, float]:
     """Seconds of the stages that ran before, by name."""
     path = out / "stage_seconds.json"
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def write_json(path: Path, content: object) -> None:
-    """Whole or not at all."""
-    with replacing(path) as f:
-        f.write(json.dumps(content, indent=1) + "\n")
 
 
 def main() -> None:

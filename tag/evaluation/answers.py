@@ -23,7 +23,12 @@ from tag.dist import Dist
 from tag.errors import DataError, MissingImage, UsageError
 from tag.evaluation.predictions import Prediction, from_line, read_predictions, to_line, write_predictions
 
-MISSING = ("error", "wrong", "skip")  # what to do with a face that cannot be asked about
+# What to do with faces that cannot be asked about, and what the others are told of them.
+MISSING = {
+    "error": "stop the evaluation",
+    "wrong": "could not be asked about and count as wrong",
+    "skip": "are left out",
+}
 DECODE_THREADS = 4
 
 
