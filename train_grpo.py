@@ -45,7 +45,7 @@ from tag.record import completion_entry, completion_tensors, face_entry, save_re
 from tag.rewards import AU_KINDS, audit, reward_means, score_completion
 from tag.rollout import RolloutEngine, kv_plan
 from tag.runlog import RunLog
-from tag.stepstats import RecordCost, StepStats, UpdateStats, first_step_note
+from tag.stepstats import RecordCost, StepStats, UpdateStats, first_step_note, length_metrics
 from tag.trainable import LR_SCHEDULES, adamw, print_trainable, scheduled_lr, train_projector, trained_parameters
 from tag.vlm import PROJECTOR, load_vlm
 
