@@ -405,7 +405,7 @@ def test_processes_that_torchrun_has_left_behind_save_and_end(call, work, flags,
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     parents = iter([77, 77, 1, 1, 1])
     monkeypatch.setattr("tag.guard.os.getppid", lambda: next(parents))
-    code, out, err = call("train_sft", flags("train_sft", eval_faces=0, epochs=4 / 3))
+    code, out, err = call("train_sft", flags("train_sft", eval_faces=0, epochs=4 / 3, workers=0))
     assert code == 0, err
     assert ("stopped by the end of torchrun after step 2: saved" in out) is under_torchrun
     assert len(metrics(work / "out")) == (2 if under_torchrun else 4)
