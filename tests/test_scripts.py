@@ -8,9 +8,11 @@ Bad input ends with exit code 2 and one line on stderr; nothing is lost, and not
 
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from helpers import add_random_lora, metrics, result
 import eval as eval_script
 import train_grpo
 import train_sft
-from tag.args import run
+from tag.args import Parser, run
 from tag.bench.forks import reward_of_text
 from tag.data.records import read_records
 from tag.lora import save_adapter
@@ -324,3 +326,31 @@ def test_bad_input_ends_all_processes(server, work, flags):
     assert 2 in ended.codes and ended.seconds < 60
     assert "train.jsonl:2: field 'label'" in ended.output and "Traceback" not in ended.output
     assert not (work / "out").exists()
+
+
+# ---------------------------------------------------------------- what all command lines share
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_left_ends_it_quietly(unbuffered):
+    """`| head` is no error of ours: no traceback. A pipe of something else that breaks still is one."""
+    code = "from tag.args import run\nrun(lambda: [print('x' * 99) for _ in range(9999)])"
+    there, gone = subprocess.PIPE, os.pipe()
+    os.close(gone[0])
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run([sys.executable, "-c", code], stdout=gone[1], stderr=there, cwd=ROOT, env=env, text=True)
+    os.close(gone[1])
+    assert (done.returncode, done.stderr) == (141, "")
+    with pytest.raises(BrokenPipeError):
+        run(lambda: (_ for _ in ()).throw(BrokenPipeError(32, "a worker's")).__next__())
+
+
+def test_help_shows_defaults_where_there_are_any():
+    """Also 0; not None and False, and not a second time."""
+    p = Parser("About.")
+    p.add_argument("--seed", type=int, default=0, help="of it")
+    p.add_argument("--name", help="of it")
+    p.add_argument("--fast", action="store_true", help="or slow")
+    p.add_argument("--title", default="x", help="of it (default: the file's)")
+    text = p.format_help()
+    assert re.findall(r"\(default.*\)", text) == ["(default: 0)", "(default: the file's)"]

@@ -20,9 +20,7 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -30,20 +28,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from tag.args import Parser, UsageError, check, run
+from tag.args import Parser, check, run
 from tag.checkpoint import run_card
 from tag.data.records import read_records, write_records
 from tag.evaluation.metrics import compare_runs
 from tag.evaluation.predictions import read_predictions
 from tag.files import replacing
 from tag.studies.components import MODELS, PAIRS, table
-from tag.studies.execute import end_with_me, run_stages
+from tag.studies.execute import end_with_me, run_script, run_stages
 from tag.studies.plan import PROFILES, Run, data_stages, run_folder, stages, study_runs
 from tag.studies.results import read_results
 from tag.studies.tables import PAPER_FILE, as_json, build_tables, by_pointing, markdown, read_paper
 from tag.synth.params import DOMAINS
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # train faces, held-out faces, test faces, SFT flags, GRPO flags. `quick` and `full` differ in length, not in kind: SFT
 # sees the traces of half of the faces, briefly; GRPO sees all faces and no traces.
@@ -89,17 +85,10 @@ def parse_args(argv=None):
 # ---- smoke, quick, full: one data set --------------------------------------------------------------------------------
 
 
-def stage(name: str, *command: object) -> float:
-    """Run one command of the project, echoed; returns its seconds. Raises UsageError if it fails."""
-    words = [str(w) for w in command]
-    print(f"\n== {name}\n$ python {shlex.join(words)}", flush=True)
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, *words], cwd=ROOT)
-    if done.returncode:
-        raise UsageError(
-            f"stage '{name}' failed with exit code {done.returncode}; run the command above to see it alone"
-        )
-    return time.perf_counter() - started
+def stage(name: str, script: str, *words: object) -> float:
+    """Run one script of the project, echoed; returns its seconds. Raises UsageError if it fails."""
+    print(f"\n== {name}\n$ python {shlex.join([script, *map(str, words)])}", flush=True)
+    return run_script(script, *words)
 
 
 def run_seed(args, profile: dict, data: Path, seed: int) -> dict:
