@@ -83,7 +83,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (UsageError, DataError) as e:
-        say(str(e))
+        if os.environ.get("RANK", "0") == "0" or not getattr(e, "everywhere", False):
+            say(str(e))
         sys.exit(2)
     except OSError as e:
         if e.errno == errno.EPIPE and _nobody_reads():  # `| head`, a pager that was left

@@ -286,25 +286,32 @@ def test_stop_after(call, work, flags, script, monkeypatch):
 # ---------------------------------------------------------------- killed and resumed
 
 
+def newest(out: Path) -> int:
+    """The step of the last checkpoint that has its name; 0 without any."""
+    return max((int(folder.name[5:]) for folder in out.glob("checkpoints/step-??????")), default=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("script", TRAIN)
 def test_killed_at_random_moments_it_is_the_same_run(server, work, flags, script, world):
     """The same command until it is done gives bit for bit what one uninterrupted run gives."""
-    more = {"train_sft": {"epochs": 2}, "train_grpo": {"max_steps": 6, "updates_per_step": 2}}[script]
+    # So many steps that none ends before it is killed, however fast the machine is; the last ends by --stop-after.
+    more = {"train_sft": {"epochs": 1000}, "train_grpo": {"max_steps": 3000, "updates_per_step": 2}}[script]
     more |= {"save_every": 1, "device": "cpu"}
-    whole = server.run(script, flags(script, out=work / "whole", **more), world)
-    assert whole.codes == [0] * world, whole.output[-3000:]
-    steps = max(metric["step"] for metric in metrics(work / "whole"))
     moments = random.Random(f"{script} {world}")  # counted from a checkpoint, which comes however slow the machine is
     argv, resumed = flags(script, out=work / "killed", **more), []
-    for step in (1, steps // 2 + 1):
+    for ahead in (1, 3):
+        step = ahead + newest(work / "killed")
         saved = str(work / "killed" / "checkpoints" / f"step-{step:06d}")
         part = server.run(script, argv, world, kill_from=saved, kill_after=moments.uniform(0, 0.05))
         assert part.killed, part.output[-3000:]
         resumed.append("resuming after step" in part.output)
-    last = server.run(script, argv, world)
+    end = ["--stop-after", newest(work / "killed") + 3]
+    last = server.run(script, [*argv, *end], world)
     assert last.codes == [0] * world, last.output[-3000:]
+    whole = server.run(script, [*flags(script, out=work / "whole", **more), *end], world)
+    assert whole.codes == [0] * world, whole.output[-3000:]
     assert [*resumed, "resuming after step" in last.output] == [False, True, True]
     assert metrics(work / "killed") == metrics(work / "whole")
     assert result(work / "killed") == result(work / "whole")
