@@ -144,7 +144,7 @@ def train(args, here: dist.Dist) -> None:
 
     # ---- model: LoRA -> reference -> freeze -> activation checkpointing -> shard
     vlm = load_vlm(args.model, args.dtype, here.device)
-    vlm.dense_attention = args.dense_attention
+    vlm.dense_attention, vlm.frozen_shortcut = args.dense_attention, not args.no_frozen_shortcut
     vlm.keep_projector("base")
     projector_in_adapter = PROJECTOR in load_adapter(vlm.hf_model, args.adapter, "policy")
     vlm.keep_projector("sft")
@@ -172,6 +172,7 @@ def train(args, here: dist.Dist) -> None:
         max_kv_bytes=int(args.kv_gb * 2**30) or None,
         cuda_graphs=args.cuda_graphs,
         compiled=args.compile,
+        fused=not args.no_fused_projections,
     )
     here.print(kv_plan(engine, len(prompt.input_ids), G))
 

@@ -23,12 +23,13 @@ from pathlib import Path
 import torch
 
 from tag import dist
-from tag.args import Parser, add_running_flags, check, claim_run_folder, run
+from tag.args import TOKENS, Parser, add_running_flags, check, claim_run_folder, run
 from tag.checkpoint import load_checkpoint, run_card, write_run_card
 from tag.data.batching import Group
 from tag.data.faces import Faces
-from tag.data.order import batch_indices, num_steps
-from tag.data.records import read_records
+from tag.data.order import batch_indices, even_shares, num_steps
+from tag.data.records import line_of, read_records
+from tag.data.tokens import tokenise
 from tag.evaluation.held_out import HeldOut
 from tag.guard import Guard
 from tag.lora import add_lora, load_adapter, save_adapter
@@ -90,6 +91,7 @@ def parse_args(argv=None):
     a("--eval-faces", type=int, default=512, help="the first N held-out records, 0 = none")
     a("--max-new-tokens", type=int, default=512)
     a = add_running_flags(p, micro_tokens=8192, save_every=100)
+    a("--token-cache", help="folder of tokenised traces, for several runs to share (default: OUT/tokens)")
     a("--no-pack", action="store_true", help="one sequence a row with padding, instead of packed rows")
     return p.parse_args(argv)
 
@@ -99,7 +101,8 @@ def train(args, here: dist.Dist) -> None:
     # ---- what to train on -----------------------------------------------------------------------------------------
     data = Path(args.data)
     image_root = args.image_root or data
-    records = [r for r in read_records(data / "train.jsonl") if r.trace is not None][: args.train_faces or None]
+    train_file = data / "train.jsonl"
+    records = [r for r in read_records(train_file) if r.trace is not None][: args.train_faces or None]
     validation = read_records(data / "val.jsonl")[: args.eval_faces] if args.eval_faces else []
     check(
         len(records) >= args.batch_size,
@@ -113,7 +116,7 @@ def train(args, here: dist.Dist) -> None:
 
     # ---- model: LoRA -> freeze -> activation checkpointing -> shard -----------------------------------------------
     vlm = load_vlm(args.model, args.dtype, here.device)
-    vlm.dense_attention = args.dense_attention
+    vlm.dense_attention, vlm.frozen_shortcut = args.dense_attention, not args.no_frozen_shortcut
     torch.manual_seed(args.seed)
     if args.adapter:
         load_adapter(vlm.hf_model, args.adapter)
@@ -128,22 +131,26 @@ def train(args, here: dist.Dist) -> None:
     params = trained_parameters(vlm)  # name -> parameter
     optimizer = adamw(params, args.lr, args.weight_decay, fused=not args.no_fused_optimizer)
 
-    # ---- sequences ------------------------------------------------------------------------------------------------
+    # ---- faces and sequences; what is not there is found before anything is written -------------------------------
     prompt = vlm.prompt()
-    traces = [strip_boxes(r.trace) if args.strip_bbox else r.trace for r in records]
-    completions = [vlm.encode_completion(trace) for trace in traces]
-    longest = max(range(len(records)), key=lambda i: len(completions[i]))
-    total = len(prompt.input_ids) + len(completions[longest])
-    check(
-        total <= args.context,
-        f"record {records[longest].id!r} takes {total} tokens, more than --context {args.context}",
-    )
     faces = Faces(records, image_root, vlm, args.cache_gb, args.workers, args.on_bad_image)
-    engine = RolloutEngine(vlm, max_rows=args.rollout_rows, max_new_tokens=args.max_new_tokens)
+    engine = RolloutEngine(vlm, args.rollout_rows, args.max_new_tokens, fused=not args.no_fused_projections)
+    count, ids = len(records), faces.ids
+    steps = num_steps(count, args.batch_size, args.epochs)
+    held_out = HeldOut(validation, image_root, vlm, args, steps, here)
+    completions = tokenise(
+        [strip_boxes(r.trace) if args.strip_bbox else r.trace for r in records],
+        vlm.tokenizer,
+        vlm.eos_id,
+        args.token_cache or Path(args.out) / TOKENS,
+        here,
+        workers=args.workers,
+        longest=args.context - len(prompt.input_ids),
+        name=lambda i: f"{line_of(train_file, ids[i])}: record {ids[i]!r}",
+    )
+    del records  # of 300,000 faces they are gigabytes, and the loop needs them no more
 
     # ---- where we are ---------------------------------------------------------------------------------------------
-    steps = num_steps(len(records), args.batch_size, args.epochs)
-    held_out = HeldOut(validation, image_root, vlm, args, steps, here)
     card = run_card("train_sft.py", json.loads(json.dumps(vars(args), default=str)), world=here.world, steps=steps)
     guard = Guard(args.out, args, params, optimizer, here)  # the folder is this run's alone
     passes = Passes(args.micro_tokens, args.out, here, vlm.pad_id, sharded, pack=not args.no_pack)
@@ -154,27 +161,27 @@ def train(args, here: dist.Dist) -> None:
         guard.restore(loaded)
         here.print(f"resuming after step {first_step} of {steps}")
     write_run_card(args.out, card, here)
-    here.print(
-        f"{len(records)} records, {steps} steps of {args.batch_size}, {here.world} process(es), sharded: {sharded}"
-    )
+    here.print(f"{count} records, {steps} steps of {args.batch_size}, {here.world} process(es), sharded: {sharded}")
     log = RunLog(args.out, here.is_main, steps, first_step, "sft")
 
     def share(step: int) -> list[int]:
-        """This rank's records in `step`."""
-        return batch_indices(len(records), args.batch_size, step, args.seed)[here.rank :: here.world]
+        """This rank's records in `step`: about as many tokens as the others have, or they would wait for it."""
+        indices = batch_indices(count, args.batch_size, step, args.seed)
+        return [indices[k] for k in even_shares(completions.lengths[indices].tolist(), here.world)[here.rank]]
 
     # ---- the loop -------------------------------------------------------------------------------------------------
     last = min(steps, args.stop_after or steps)
+    if first_step < last:
+        faces.prefetch(share(first_step))
     for step in guard.steps(first_step, last, log):  # watched; SIGTERM and SIGUSR1 end it, saved
         started = time.perf_counter()
         torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + here.rank)  # dropout
         vlm.train()
 
         # 1. This rank's share of the step's sequences, cut into forward passes by token budget.
-        guard.at("images", [records[i].id for i in share(step)])
+        guard.at("images", [ids[i] for i in share(step)])
         waited = faces.wait_seconds
         indices = faces.readable(share(step))
-        ids = [records[i].id for i in indices]
         tower = faces.tower(indices)  # (B, patches, D), frozen
         waited = faces.wait_seconds - waited
         if step + 1 < last:  # its images are read, decoded and resized while this step computes
@@ -183,7 +190,7 @@ def train(args, here: dist.Dist) -> None:
         passes.plan(groups)  # equally many on all ranks (tag/passes.py)
 
         # 2. One normaliser for the whole step: completion tokens over all micro-batches and ranks.
-        num_targets = sum(len(completions[i]) for i in indices)
+        num_targets = int(completions.lengths[indices].sum())
         normaliser = float(here.sum(num_targets))
 
         # 3. Forward and backward. If memory runs out, again in smaller passes.
@@ -205,7 +212,7 @@ def train(args, here: dist.Dist) -> None:
         lr = scheduled_lr(step, steps, args.lr, max(1, round(args.warmup * steps)), "cosine")
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if not (skipped := guard.skips(float(loss_sum), grad_norm, ids)):
+        if not (skipped := guard.skips(float(loss_sum), grad_norm, [ids[i] for i in indices])):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -216,7 +223,7 @@ def train(args, here: dist.Dist) -> None:
             "grad_norm": grad_norm,
             "skipped": float(skipped),
             "lr": lr,
-            "epoch": (step + 1) * args.batch_size / len(records),
+            "epoch": (step + 1) * args.batch_size / count,
             "tokens": normaliser,
             "fill": sum(g.num_tokens for g in groups) / computed,
             "step_seconds": seconds,

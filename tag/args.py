@@ -110,7 +110,7 @@ def check(condition: bool, message: str) -> None:
 RUNTIME_FLAGS = frozenset(
     {"preset", "out", "micro_tokens", "device", "threads", "save_every", "keep_checkpoints", "rollout_rows"}
     | {"activation_checkpointing", "kv_gb", "cuda_graphs", "compile", "workers", "no_fused_optimizer"}
-    | {"dense_attention", "no_memory_check", "no_onednn"}
+    | {"dense_attention", "no_memory_check", "no_onednn", "no_frozen_shortcut", "no_fused_projections", "token_cache"}
     | {"save_minutes", "max_skipped", "slow_minutes", "hang_minutes", "on_bad_image"}
     | {"shard", "stop_after", "cache_gb", "record_every", "record_state", "record_budget_mb", "waive_gates"}
 )
@@ -134,6 +134,8 @@ def add_running_flags(p: Parser, micro_tokens: int, save_every: int) -> Callable
     a("--dense-attention", action="store_true", help="one L x L mask for a row instead of blocks that see each other")
     a("--no-fused-optimizer", action="store_true", help="AdamW parameter by parameter instead of in one kernel")
     a("--no-onednn", action="store_true", help=NO_ONEDNN)
+    a("--no-frozen-shortcut", action="store_true", help="the output head's logits again in the backward pass")
+    a("--no-fused-projections", action="store_true", help="rollouts: q, k, v and gate, up by matrix products apart")
     a("--activation-checkpointing", action="store_true", help="recompute activations in the backward pass")
     a("--no-memory-check", action="store_true", help="start even if the estimate says that memory will not do")
     a("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -167,7 +169,8 @@ def add_running_flags(p: Parser, micro_tokens: int, save_every: int) -> Callable
     return a
 
 
-BEFORE_THE_CARD = (LOCK, "heartbeat")  # what a run killed at its very beginning leaves
+TOKENS = "tokens"  # in the run folder, if not elsewhere by --token-cache
+BEFORE_THE_CARD = (LOCK, "heartbeat", TOKENS)  # what a run killed at its very beginning leaves
 
 
 def claim_run_folder(out: str | os.PathLike, script: str, args: argparse.Namespace, is_main: bool) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import, and whoever only writes text does without it
     from torch import Tensor
@@ -16,8 +16,9 @@ os.umask(_UMASK)
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[TextIO]:
-    """A UTF-8 text file written beside `path` and renamed over it when the block ends; folders are made as needed.
+def replacing(path: str | os.PathLike, binary: bool = False) -> Iterator[IO]:
+    """A file, UTF-8 text or binary, written beside `path` and renamed over it when the block ends; folders are made as
+    needed.
 
     If the block raises, what stood at `path` stays and the half-written file is removed.
     """
@@ -25,7 +26,7 @@ def replacing(path: str | os.PathLike) -> Iterator[TextIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as f:
+        with open(partial, "wb") if binary else open(partial, "w", encoding="utf-8", newline="\n") as f:
             yield f
         os.replace(partial, path)
     finally:

@@ -56,10 +56,17 @@ def token_logprobs(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, chun
 
 
 def token_logprobs_and_entropy(
-    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, chunk_size: int | None = None
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    chunk_size: int | None = None,
+    frozen_shortcut: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """As `token_logprobs`, and the entropy of each predicted distribution in nats (M,), detached."""
-    return _chunked(hidden, lm_head_weight, targets, chunk_size, with_entropy=True)
+    """As `token_logprobs`, and the entropy of each predicted distribution in nats (M,), detached.
+
+    frozen_shortcut: False computes a frozen head's logits again in the backward pass, as it does a trained one's.
+    """
+    return _chunked(hidden, lm_head_weight, targets, chunk_size, True, frozen_shortcut)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
@@ -239,18 +246,23 @@ def _trained_head(hidden: Tensor, weight: Tensor, targets: Tensor, with_entropy:
 
 
 def _chunked(
-    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, chunk_size: int | None, with_entropy: bool
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    chunk_size: int | None,
+    with_entropy: bool,
+    frozen_shortcut: bool = True,
 ) -> tuple[Tensor, Tensor]:
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
         raise ValueError(f"expected hidden (M, H) and targets (M,), got {tuple(hidden.shape)}, {tuple(targets.shape)}")
     chunk_size = chunk_size or max(16, CHUNK_ELEMENTS // len(lm_head_weight))
-    differentiable = torch.is_grad_enabled()
-    if differentiable and hidden.requires_grad and not lm_head_weight.requires_grad:
+    differentiable = torch.is_grad_enabled() and (hidden.requires_grad or lm_head_weight.requires_grad)
+    if differentiable and frozen_shortcut and not lm_head_weight.requires_grad:
         return _FrozenHead.apply(hidden, lm_head_weight, targets, chunk_size, with_entropy)
     logprobs, entropies = [], []
     for start in range(0, len(targets), chunk_size):
         args = (hidden[start : start + chunk_size], lm_head_weight, targets[start : start + chunk_size], with_entropy)
-        if differentiable and lm_head_weight.requires_grad:
+        if differentiable:
             chunk, entropy = checkpoint(_trained_head, *args, use_reentrant=False)  # logits computed again, not kept
         else:
             chunk, entropy = _trained_head(*args)

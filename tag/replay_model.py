@@ -48,6 +48,9 @@ class RecordedModel:
         self.record, self.args, self.here = record, args, here
         adapter = _existing(adapter or args["adapter"], "adapter", "--adapter")
         self.vlm = load_vlm(model or args["model"], args["dtype"], here.device)
+        # How it was computed, which moves results by rounding; not said by runs from before there were these flags.
+        self.vlm.dense_attention = args.get("dense_attention", False)
+        self.vlm.frozen_shortcut = not args.get("no_frozen_shortcut", False)
         # The order of train_grpo.py, so that parameters have the same names and the reference the same weights.
         self.vlm.keep_projector("base")
         load_adapter(self.vlm.hf_model, adapter, "policy")

@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from tag.attention import NAME as ATTENTION
 from tag.boxes import MODEL_SIZE, Canvas
 from tag.data.batching import Batch, Prompt
+from tag.data.tokens import encode_completion
 from tag.errors import DataError
 from tag.grpo import token_logprobs_and_entropy
 from tag.linear import use_onednn
@@ -46,6 +47,7 @@ class VLM(nn.Module):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.dense_attention = False  # True: one L x L mask instead of blocks, the plain path that tests compare with
+        self.frozen_shortcut = True  # gradient through a frozen head on the way forward (tag/grpo.py)
         self.kept_projectors: dict[str, dict[str, Tensor]] = {}
         self.source = source  # where the base came from, for the run card and adapter_config.json
         self.text_config = hf_model.config.text_config
@@ -82,7 +84,7 @@ class VLM(nn.Module):
 
     def encode_completion(self, text: str) -> list[int]:
         """Token ids of a completion with the end-of-turn token, which is trained on."""
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.eos_id]
+        return encode_completion(self.tokenizer, self.eos_id, text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a completion, special tokens left out."""
@@ -160,7 +162,8 @@ class VLM(nn.Module):
             use_cache=False,
         ).last_hidden_state  # (R, L, H)
         hidden = hidden.flatten(0, 1)[batch.sources]  # (M, H), only what predicts a completion token
-        return token_logprobs_and_entropy(hidden, self.hf_model.lm_head.weight, batch.targets)
+        head = self.hf_model.lm_head.weight
+        return token_logprobs_and_entropy(hidden, head, batch.targets, frozen_shortcut=self.frozen_shortcut)
 
     def _attention(self, batch: Batch, dtype: torch.dtype) -> dict:
         """Who sees whom, as arguments of the language model."""

@@ -25,6 +25,7 @@ from tag.data.batching import (
     Batch,
     Group,
     Prompt,
+    _first_fit,
     collate,
     cut_to,
     plan_micro_batches,
@@ -283,14 +284,18 @@ def test_plan_rows_covers_each_item_once_within_the_budget():
         assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
         assert all(sum(lengths[i] for i in row) <= budget or len(row) == 1 for row in rows)
         assert [row[0] for row in rows] == sorted(row[0] for row in rows) and plan_rows(lengths, budget) == rows
-        # First fit: no two rows could have been one, so at most one of them is half empty.
-        loads = sorted(sum(lengths[i] for i in row) for row in rows)
-        assert len(loads) < 2 or loads[0] + loads[1] > budget
+        # As few rows as first-fit decreasing has, of which at most one is half empty.
+        first_fit = _first_fit(lengths, budget)
+        assert len(rows) == len(first_fit)
+        loads, before = (sorted(sum(lengths[i] for i in row) for row in rows) for rows in (rows, first_fit))
+        assert len(loads) < 2 or before[0] + before[1] > budget
+        assert loads[-1] <= max(before[-1], budget)
 
 
 def test_plan_rows_by_hand():
     assert plan_rows([4, 7, 3, 6, 9], 10) == [[0, 3], [1, 2], [4]]
-    assert plan_rows([5, 5, 5], 10) == [[0, 1], [2]]
+    assert plan_rows([5, 5, 5], 10) == [[0, 2], [1]]
+    assert plan_rows([6, 1, 1, 1, 1, 1], 9) == [[0], [1, 2, 3, 4, 5]]  # not 9 and 2
     assert plan_rows([50, 1], 10) == [[0], [1]]
     assert plan_rows([], 10) == []
 

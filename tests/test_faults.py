@@ -26,8 +26,9 @@ import train_sft
 from tag import checkpoint, runlog
 from tag.args import run
 from tag.bench.forks import reward_of_text
-from tag.data.faces import Faces, start_workers
+from tag.data.faces import Faces
 from tag.data.records import read_records
+from tag.data.workers import start_workers
 from tag.dist import Dist
 from tag.errors import DataError, UsageError
 from tag.passes import MEMORY, Passes

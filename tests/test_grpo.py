@@ -213,6 +213,26 @@ def test_under_a_frozen_head_the_backward_pass_needs_no_logits():
     assert not entropy.requires_grad
 
 
+@pytest.mark.parametrize("chunk_size", [4, None])
+def test_a_frozen_head_without_the_shortcut(chunk_size):
+    """The same log-probs, entropies and gradient; the logits are made again on the way back."""
+    hidden, weight, targets = head(M=24, V=90)
+    weight.requires_grad_(False)
+    pull = torch.randn(len(targets))
+    logits = torch.Size([chunk_size or 24, 90])
+    short, entropy = token_logprobs_and_entropy(hidden, weight, targets, chunk_size)
+    with Sizes() as backward:
+        expected = torch.autograd.grad((short * pull).sum(), hidden)[0]
+    assert logits not in [shape for _, shape in backward.shapes]
+    long, same = token_logprobs_and_entropy(hidden, weight, targets, chunk_size, frozen_shortcut=False)
+    with Sizes() as backward:
+        grad = torch.autograd.grad((long * pull).sum(), hidden)[0]
+    torch.testing.assert_close(long, short, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(same, entropy, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(grad, expected, atol=1e-5, rtol=1e-5)
+    assert logits in [shape for _, shape in backward.shapes]
+
+
 def test_bf16_gradient_of_tokens_that_are_nearly_certain():
     """onehot - p is rounded as a whole: after rounding W^T onehot and W^T p apart, their difference would be noise."""
     torch.manual_seed(0)

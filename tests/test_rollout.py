@@ -409,7 +409,7 @@ def test_refresh_takes_new_weights_into_old_buffers(adapted):
         return [r.token_ids for r in rollouts]
 
     def addresses() -> list[int]:
-        layers = [t.data_ptr() for layer in engine.decoder.layers for t in vars(layer).values()]
+        layers = [t.data_ptr() for layer in engine.decoder.layers for t in layer.tensors]
         return [*layers, engine.decoder.embed.data_ptr(), engine.decoder.norm.data_ptr(), engine.cache.own.data_ptr()]
 
     first = check("policy")
@@ -525,6 +525,15 @@ def test_each_completion_may_have_a_limit_of_its_own(vlm, prompts, group, backen
     assert {r.finish_reason for r in found} == {"stop", "length"}
     with pytest.raises(ValueError, match="3 length limits"):
         engine.generate(prompts[:1], 4, max_new_tokens=[1, 2, 3])
+
+
+def test_projections_apart_change_nothing(vlm, prompts, group):
+    engine = make_engine(vlm, max_rows=10, fused=False)
+    assert_same(engine.generate(prompts[:12], 4, seeds=range(100, 148)), group)
+    fused = make_engine(vlm).decoder
+    for layer, whole in zip(engine.decoder.layers, fused.layers):
+        assert (len(layer.qkv), len(layer.gate_up)) == (3, 2) and (len(whole.qkv), len(whole.gate_up)) == (1, 1)
+    assert engine.decoder.weight_bytes == fused.weight_bytes  # no second copy
 
 
 @pytest.mark.slow

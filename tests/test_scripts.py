@@ -178,7 +178,7 @@ def test_adapter_of_another_architecture(call, work, flags, script, adapter_of_t
         ("train_grpo", {"kv_gb": 1e-6}, "MiB of KV cache, 0.0 MiB are allowed"),
         ("eval", {"max_new_tokens": 2000}, "is more than the model's 2048 positions"),
         ("train_sft", {"batch_size": 13}, "--batch-size 13 exceeds the 12 records"),
-        ("train_sft", {"context": 200}, "more than --context 200"),
+        ("train_sft", {"context": 200}, "tokens, --context leaves room for 22 beside the prompt"),
         ("train_sft", {"learning_rate": 1}, "--learning-rate"),
         ("train_sft", {"lr": "fast"}, "--lr"),
         ("eval", {"device": "tpu"}, "--device"),

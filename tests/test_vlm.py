@@ -359,7 +359,7 @@ def test_a_broken_image_in_a_worker_is_named(synth, small, tmp_path):
 
 def test_workers_do_not_outlive_a_killed_process():
     code = (
-        "import time; from tag.data.faces import start_workers\n"
+        "import time; from tag.data.workers import start_workers\n"
         "pool = start_workers(2, None)\n"  # kept: a pool that nobody holds ends its workers itself
         "print(*pool._processes, flush=True); time.sleep(60)"
     )

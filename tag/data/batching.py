@@ -128,10 +128,25 @@ def split_groups(groups: Sequence[Group]) -> list[Group]:
 
 
 def plan_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Indices of items for each row of at most `row_tokens` (first-fit decreasing; a longer item has a row of its own).
+    """Indices of items for each row of at most `row_tokens`; a longer item has a row of its own.
 
-    Deterministic; the rows are ordered by their first item.
+    As few rows as first-fit decreasing needs, then, where the budget allows it, about equally long ones: ranks run
+    their passes in step, so each pass takes as long as its longest row on any rank. Deterministic; the rows are ordered
+    by their first item.
     """
+    rows = _first_fit(lengths, row_tokens)
+    even: list[list[int]] = [[] for _ in rows]
+    load = [0] * len(rows)
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        r = load.index(min(load))
+        even[r].append(i)
+        load[r] += lengths[i]
+    if all(n <= row_tokens or len(row) == 1 for n, row in zip(load, even)):
+        rows = even
+    return sorted((sorted(row) for row in rows), key=lambda row: row[0])
+
+
+def _first_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -143,7 +158,7 @@ def plan_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
         else:
             rows.append([i])
             room.append(row_tokens - lengths[i])
-    return sorted((sorted(row) for row in rows), key=lambda row: row[0])
+    return rows
 
 
 def plan_micro_batches(groups: Sequence[Group], micro_tokens: int, pack: bool = True) -> list[list[list[Group]]]:

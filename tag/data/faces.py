@@ -1,13 +1,10 @@
 """The faces of a list of records: images from disk, and what the frozen vision tower makes of them, computed once."""
 
-import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from tag.data.images import load_image
 from tag.data.records import Record, resolve_image
+from tag.data.workers import held_by_worker, start_workers
 from tag.errors import DataError
 
 DECODE_THREADS = 4
@@ -197,46 +195,11 @@ class Faces:
             self.pool = None
 
 
-# ---- worker processes -------------------------------------------------------------------------------------------
-
-_image_processor = None  # of a worker
-
-
-def start_workers(count: int, image_processor, method: str = "fork") -> ProcessPoolExecutor:
-    """`count` processes ready to `_prepare` images.
-
-    Forked where the system can, and at once: before the loop has started threads of its own. They touch neither the
-    GPU nor the process group.
-    """
-    if method not in multiprocessing.get_all_start_methods():
-        method = "spawn"
-    pool = ProcessPoolExecutor(
-        count, multiprocessing.get_context(method), initializer=_start_worker, initargs=(image_processor, os.getpid())
-    )
-    pool.submit(int).result()
-    return pool
-
-
-def _start_worker(image_processor, parent: int) -> None:
-    global _image_processor
-    _image_processor = image_processor
-    torch.set_num_threads(1)
-    # Signals are the loop's to handle; it ends the workers. torchrun signals whole process groups, Slurm all processes.
-    os.setpgrp()
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """A killed process cannot end its workers: they look whether it is still there."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(0)
+# ---- in a worker ------------------------------------------------------------------------------------------------
 
 
 def _prepare(path: Path) -> np.ndarray:
     """The patches of one face, (patches, 3 * 2 * 14 * 14) float32."""
     from tag.vlm import pixel_values
 
-    return pixel_values(_image_processor, [load_image(path)])[0].numpy()
+    return pixel_values(held_by_worker(), [load_image(path)])[0].numpy()

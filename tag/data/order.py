@@ -2,6 +2,7 @@
 needs no cursor and no generator state."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 
@@ -29,3 +30,18 @@ def rollout_seed(seed: int, step: int, record: int, sample: int) -> int:
     """Seed of one completion, 63 bits: any single rollout of a run can be drawn again from these four numbers."""
     digest = hashlib.blake2b(f"{seed}/{step}/{record}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def even_shares(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Positions of a step's sequences for each rank: as many sequences (up to one), about as many tokens.
+
+    Longest first, to the rank that has the fewest tokens of those with room. With one rank: all, in order.
+    """
+    room = [len(lengths) // ranks + (rank < len(lengths) % ranks) for rank in range(ranks)]
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = min((r for r in range(ranks) if len(shares[r]) < room[r]), key=lambda r: load[r])
+        shares[rank].append(i)
+        load[rank] += lengths[i]
+    return [sorted(share) for share in shares]

@@ -169,6 +169,14 @@ def read_records(path: str | os.PathLike, split: str | None = None) -> list[Reco
     return records
 
 
+def line_of(path: str | os.PathLike, record_id: str) -> str:
+    """Where a record stands, "path:line", for messages; the path alone if it is not there any more."""
+    for number, line in numbered_lines(path):
+        if json.loads(line).get("id") == record_id:
+            return f"{path}:{number}"
+    return str(path)
+
+
 def write_records(path: str | os.PathLike, records: Iterable[Record]) -> int:
     """Write records beside `path` and rename over it; returns how many."""
     count = 0

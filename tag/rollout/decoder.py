@@ -4,7 +4,8 @@
     step      one token for each of R rows, attending to what is in the cache (tag/rollout/cache.py)
 
 The weights are copied in place by `load`, so that their addresses never change (CUDA graphs hold on to them) and
-nothing is allocated from one RL step to the next. Linear layers that read the same input are fused into one.
+nothing is allocated from one RL step to the next. Linear layers that read the same input are fused into one, unless
+that is switched off.
 
 Shapes:  R rows;  S prompts, P prompt length;  N layers;  H hidden;  V vocabulary;  I MLP width;  K key/value heads,
          G query heads for each of them, D head size (K * G * D = H).
@@ -30,19 +31,27 @@ class Layer:
     """Weights of one decoder layer."""
 
     input_norm: Tensor  # (H,)
-    qkv: Tensor  # (K * (G + 2) * D, H)
-    qkv_bias: Tensor  # (K * (G + 2) * D,)
+    qkv: list[Tensor]  # one (K * (G + 2) * D, H); apart: (K * G * D, H), (K * D, H), (K * D, H)
+    qkv_bias: list[Tensor]  # one (K * (G + 2) * D,), or three
     o: Tensor  # (H, H)
     post_norm: Tensor  # (H,)
-    gate_up: Tensor  # (2 * I, H)
+    gate_up: list[Tensor]  # one (2 * I, H), or two (I, H)
     down: Tensor  # (H, I)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [t for field in vars(self).values() for t in (field if isinstance(field, list) else [field])]
 
 
 class TextDecoder:
     """The language model of Qwen2.5-VL, for inference."""
 
-    def __init__(self, config, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> None:
-        """compiled: `torch.compile` what stands between the matrix products and attention of a decoding step."""
+    def __init__(
+        self, config, device: torch.device, dtype: torch.dtype, compiled: bool = False, fused: bool = True
+    ) -> None:
+        """compiled: `torch.compile` what stands between the matrix products and attention of a decoding step.
+        fused: one product for queries, keys and values and one for gate and up, instead of five."""
         _check_supported(config)
         if compiled:
             self._project = torch.compile(self._project, dynamic=True)
@@ -61,15 +70,17 @@ class TextDecoder:
                 return new(in_features, out_features).t()
             return new(out_features, in_features)
 
-        qkv_rows = self.K * (self.G + 2) * self.D
+        heads = [self.G + 2] if fused else [self.G, 1, 1]  # of each projection, for one key/value head
+        qkv_rows = [self.K * n * self.D for n in heads]
+        gate_up_rows = [2 * self.I] if fused else [self.I, self.I]
         self.layers = [
             Layer(
                 input_norm=new(self.H),
-                qkv=matrix(qkv_rows, self.H),
-                qkv_bias=new(qkv_rows),
+                qkv=[matrix(rows, self.H) for rows in qkv_rows],
+                qkv_bias=[new(rows) for rows in qkv_rows],
                 o=matrix(self.H, self.H),
                 post_norm=new(self.H),
-                gate_up=matrix(2 * self.I, self.H),
+                gate_up=[matrix(rows, self.H) for rows in gate_up_rows],
                 down=matrix(self.H, self.I),
             )
             for _ in range(self.N)
@@ -92,14 +103,17 @@ class TextDecoder:
         places = {"embed_tokens.weight": self.embed, "norm.weight": self.norm, "lm_head.weight": self.head}
         K, G, D = self.K, self.G, self.D
         for i, layer in enumerate(self.layers):
-            weight, bias = layer.qkv.view(K, G + 2, D, self.H), layer.qkv_bias.view(K, G + 2, D)
-            parts = {"q_proj": slice(0, G), "k_proj": slice(G, G + 1), "v_proj": slice(G + 1, G + 2)}
-            for name, part in parts.items():
-                places[f"layers.{i}.self_attn.{name}.weight"] = weight[:, part]  # (K, G or 1, D, H)
-                places[f"layers.{i}.self_attn.{name}.bias"] = bias[:, part]
+            weights = [w.view(K, -1, D, self.H) for w in layer.qkv]  # (K, G + 2, D, H), or G, 1 and 1
+            biases = [b.view(K, -1, D) for b in layer.qkv_bias]
+            if len(weights) == 1:
+                weights, biases = ([*t[0].split([G, 1, 1], dim=1)] for t in (weights, biases))
+            for name, weight, bias in zip(("q_proj", "k_proj", "v_proj"), weights, biases):
+                places[f"layers.{i}.self_attn.{name}.weight"] = weight  # (K, G or 1, D, H)
+                places[f"layers.{i}.self_attn.{name}.bias"] = bias
+            gate, up = layer.gate_up if len(layer.gate_up) == 2 else layer.gate_up[0].chunk(2)
             places[f"layers.{i}.self_attn.o_proj.weight"] = layer.o
-            places[f"layers.{i}.mlp.gate_proj.weight"] = layer.gate_up[: self.I]
-            places[f"layers.{i}.mlp.up_proj.weight"] = layer.gate_up[self.I :]
+            places[f"layers.{i}.mlp.gate_proj.weight"] = gate
+            places[f"layers.{i}.mlp.up_proj.weight"] = up
             places[f"layers.{i}.mlp.down_proj.weight"] = layer.down
             places[f"layers.{i}.input_layernorm.weight"] = layer.input_norm
             places[f"layers.{i}.post_attention_layernorm.weight"] = layer.post_norm
@@ -134,7 +148,7 @@ class TextDecoder:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the engine's own copy of the weights."""
-        tensors = {t.data_ptr(): t for layer in self.layers for t in vars(layer).values()}
+        tensors = {t.data_ptr(): t for layer in self.layers for t in layer.tensors}
         tensors |= {t.data_ptr(): t for t in (self.embed, self.norm, self.head)}
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
@@ -163,7 +177,7 @@ class TextDecoder:
         kv = torch.empty(self.N, S, K, 2, P, D, dtype=self.dtype, device=self.device)
         x = embeds.reshape(S * P, H)  # (S * P, H), new: the residual stream is updated in place
         for i, layer in enumerate(self.layers):
-            qkv = linear(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias).view(S, P, K, G + 2, D)
+            qkv = self._heads(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias).view(S, P, K, G + 2, D)
             rotate_(qkv[..., : G + 1, :], cos, sin)
             qkv = qkv.permute(0, 2, 3, 1, 4)  # (S, K, G + 2, P, D)
             kv[i].copy_(qkv[:, :, G:])
@@ -193,15 +207,24 @@ class TextDecoder:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (self.H,), weight, self.eps)
 
-    def _project(self, x: Tensor, norm: Tensor, qkv: Tensor, bias: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _heads(self, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+        """Queries, keys and values of normed x (M, H): (M, K, G + 2, D)."""
+        parts = [linear(x, w, b).view(len(x), self.K, -1, self.D) for w, b in zip(weights, biases)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _project(
+        self, x: Tensor, norm: Tensor, qkv: list[Tensor], bias: list[Tensor], cos: Tensor, sin: Tensor
+    ) -> Tensor:
         """Queries, keys and values of x (R, H), rotated: (R, K, G + 2, D)."""
-        out = linear(self._norm(x, norm), qkv, bias).view(len(x), self.K, self.G + 2, self.D)
+        out = self._heads(self._norm(x, norm), qkv, bias)
         rotate_(out[:, :, : self.G + 1], cos, sin)
         return out
 
-    def _mlp(self, x: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    def _mlp(self, x: Tensor, norm: Tensor, gate_up: list[Tensor], down: Tensor) -> Tensor:
         """x + SwiGLU(norm(x)), x (M, H)."""
-        gate, up = linear(self._norm(x, norm), gate_up).chunk(2, dim=-1)  # (M, I) each
+        x_norm = self._norm(x, norm)
+        parts = [linear(x_norm, weight) for weight in gate_up]
+        gate, up = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)  # (M, I) each
         return add_linear(x, F.silu(gate, inplace=True).mul_(up), down)
 
 

@@ -45,12 +45,13 @@ class RolloutEngine:
         max_kv_bytes: int | None = None,
         cuda_graphs: bool = False,
         compiled: bool = False,
+        fused: bool = True,
     ) -> None:
         """vlm: a tag.vlm.VLM (or anything with its text_config, tokenizer, eos_id, device, compute_dtype and
         merged_text_weights). max_rows: completions that decode together, fewer if their keys and values do not fit
         into max_kv_bytes (None: a share of what is free at the first call). cuda_graphs: replay the decoding step as
-        a graph (CUDA only; ignored on a CPU). compiled: `torch.compile` the decoding step. All of this is memory and
-        speed, never results.
+        a graph (CUDA only; ignored on a CPU). compiled: `torch.compile` the decoding step. fused: queries, keys and
+        values by one matrix product, gate and up by another. All of this is memory and speed, never results.
         """
         if backend not in BACKENDS:
             raise ValueError(f"unknown rollout backend {backend!r}; expected one of {', '.join(BACKENDS)}")
@@ -59,7 +60,7 @@ class RolloutEngine:
         self.vlm, self.max_rows, self.max_new_tokens = vlm, max_rows, max_new_tokens
         self.backend, self.max_kv_bytes = backend, max_kv_bytes
         self.static = torch.device(vlm.device).type == "cuda"  # always the same shapes
-        self.cuda_graphs, self.compiled = cuda_graphs and self.static, compiled
+        self.cuda_graphs, self.compiled, self.fused = cuda_graphs and self.static, compiled, fused
         self.decoder: TextDecoder | None = None
         self.rows: Rows | None = None
         self.cache: GroupCache | None = None
@@ -81,7 +82,7 @@ class RolloutEngine:
             return
         if self.decoder is None:
             device, dtype = torch.device(self.vlm.device), self.vlm.compute_dtype
-            self.decoder = TextDecoder(self.vlm.text_config, device, dtype, self.compiled)
+            self.decoder = TextDecoder(self.vlm.text_config, device, dtype, self.compiled, self.fused)
         self.decoder.load(self.vlm.merged_text_weights(adapter))
 
     @property
