@@ -34,6 +34,11 @@ def agents(argv: list[str], log: Path, restarts: int = 3) -> list[subprocess.Pop
     return started
 
 
+def output(log: Path) -> str:
+    """What both agents and their processes have said."""
+    return "".join(log.with_suffix(f".{node}").read_text() for node in range(2))
+
+
 def workers(out: Path) -> dict[int, int]:
     """rank -> process id, from the heartbeats."""
     found = {}
@@ -58,7 +63,9 @@ def test_two_machines_a_killed_rank_and_a_signal(server, work, flags, tmp_path):
         wait_until(lambda: sorted(workers(work / "out")) == [0, 1, 2, 3], "heartbeats of four ranks")
         before = workers(work / "out")
         os.kill(before[3], signal.SIGKILL)
-        wait_until(lambda: set(workers(work / "out").values()) - set(before.values()), "another start")
+        wait_until(lambda: "resuming after step" in output(log), "another start")
+        # All four, because one that is signalled before it listens dies of it.
+        wait_until(lambda: len(workers(work / "out").items() - before.items()) == 4, "heartbeats of four new ranks")
         for agent in running:
             agent.send_signal(signal.SIGUSR1)
         for agent in running:
@@ -66,7 +73,7 @@ def test_two_machines_a_killed_rank_and_a_signal(server, work, flags, tmp_path):
     finally:
         for agent in running:
             agent.kill()
-    said = "".join(log.with_suffix(f".{node}").read_text() for node in range(2))
+    said = output(log)
     assert "resuming after step" in said, said[-3000:]
     assert "stopped by SIGUSR1 after step" in said, said[-3000:]
     assert (work / "out" / "stopped.json").exists() and not list((work / "out" / "heartbeat").glob("rank-*.json"))
