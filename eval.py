@@ -25,14 +25,15 @@ from tag import dist
 from tag.args import NO_ONEDNN, Parser, check, run
 from tag.checkpoint import run_card
 from tag.data.records import read_records
+from tag.datagen.endpoint_flags import add_server_flags, check_server_flags
 from tag.evaluation.against import check_comparable, compare, comparison_text
 from tag.evaluation.answers import MISSING, AnswerBook, batches, find_faces, note_broken
 from tag.evaluation.fingerprint import claim, digest, fingerprint
 from tag.evaluation.metrics import compute_metrics, markdown_table, write_metrics
 from tag.evaluation.models import load_model
-from tag.evaluation.output import add_speed, same_json, write_json, write_report
+from tag.evaluation.output import add_speed, same_json, write_report
 from tag.evaluation.predictions import make_prediction
-from tag.files import replacing
+from tag.files import replacing, write_json
 from tag.prompts import prompt_hash
 
 PRESETS = {"tiny": dict(model="tiny", dtype="float32", max_new_tokens=160)}
@@ -47,7 +48,7 @@ def parse_args(argv=None):
     a("--faces", type=int, default=0, help="only the first N records, 0 = all")
     a(
         "--missing",
-        choices=MISSING,
+        choices=[*MISSING],
         default="error",
         help="a face without a readable image: stop, or count, or leave out",
     )
@@ -60,12 +61,7 @@ def parse_args(argv=None):
     a("--no-box-limit", action="store_true", help="let the model write more than three boxes")
     a("--image-size", type=int, default=512, help="side in pixels of the square that hf and openai models get")
     a = p.add_argument_group("--backend openai").add_argument
-    a("--endpoint", nargs="+", metavar="URL", default=[], help="servers, each up to and with /v1")
-    a("--key-variable", default="OPENAI_API_KEY", help="environment variable with the key, if one is needed")
-    a("--concurrency", type=int, default=16, help="questions a server gets at a time, per process")
-    a("--timeout", type=float, default=120.0, help="seconds for one answer")
-    a("--tries", type=int, default=8, help="of one question, before its face is left for the next run")
-    a("--give-up-after", type=float, default=300.0, help="seconds without any answer, then stop")
+    add_server_flags(a, concurrency=16)
     a("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="of a million tokens, where the server names no cost")
     a("--omit", nargs="+", default=[], choices=("temperature", "top_p", "max_tokens", "seed"), help="not to be sent")
     a("--request", type=json.loads, default={}, metavar="JSON", help='more to be sent, \'{"reasoning_effort": "low"}\'')
@@ -89,16 +85,14 @@ def check_flags(args) -> None:
     """Raise UsageError for flags that do not go together."""
     served = args.backend == "openai"
     check(served == bool(args.endpoint), "--backend openai and --endpoint URL go together")
-    for url in args.endpoint:
-        check(url.startswith(("http://", "https://")), f"--endpoint {url}: not an http(s) address")
+    check_server_flags(args)
     check(
         args.backend == "engine" or not args.adapter,
         f"--adapter goes with --backend engine; merge it for {args.backend}",
     )
     check(isinstance(args.request, dict), "--request must be a JSON object")
-    for name, least in (("max_new_tokens", 1), ("rollout_rows", 1), ("concurrency", 1), ("tries", 1), ("faces", 0)):
+    for name, least in (("max_new_tokens", 1), ("rollout_rows", 1), ("faces", 0)):
         check(getattr(args, name) >= least, f"--{name.replace('_', '-')} must be at least {least}")
-    check(28 <= args.image_size <= 4096, "--image-size must lie between 28 and 4096")
     check(not args.price or min(args.price) >= 0, "--price must not be negative")
 
 
@@ -156,6 +150,8 @@ def evaluate(args, here: dist.Dist) -> None:
         measured = [p for p in predictions if not (p.missing and args.missing == "skip")]
         check(bool(measured), "every face was left out (--missing skip); is --image-root right?")
         name, left_out = args.name or args.adapter or args.model, len(predictions) - len(measured)
+        if without := sum(bool(p.missing) for p in predictions):
+            here.print(f"{without} of {len(predictions)} faces {MISSING[args.missing]} (--missing {args.missing})")
         metrics = compute_metrics(measured)
         about = {"name": name, "data": str(args.data), "prompt": prompt_hash()}
         about |= {"left_out": left_out, "fingerprint": digest(mine)}

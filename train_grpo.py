@@ -45,7 +45,7 @@ from tag.record import completion_entry, completion_tensors, face_entry, save_re
 from tag.rewards import AU_KINDS, audit, reward_means, score_completion
 from tag.rollout import RolloutEngine, kv_plan
 from tag.runlog import RunLog
-from tag.stepstats import RecordCost, StepStats, UpdateStats, first_step_note
+from tag.stepstats import RecordCost, StepStats, UpdateStats, first_step_note, length_metrics
 from tag.trainable import LR_SCHEDULES, adamw, print_trainable, scheduled_lr, train_projector, trained_parameters
 from tag.vlm import PROJECTOR, load_vlm
 
@@ -214,13 +214,8 @@ def train(args, here: dist.Dist) -> None:
 
         # 1. Sample G completions per face with the current policy, merged into the rollout engine's own weights.
         guard.at("images", [records[i].id for i in share(step)])
-        waited = faces.wait_seconds
-        indices = faces.readable(share(step))
-        ids = [records[i].id for i in indices]
-        tower = faces.tower(indices)  # (faces, patches, D), frozen
-        waited = faces.wait_seconds - waited
-        if step + 1 < last:
-            faces.prefetch(share(step + 1))
+        indices, tower, waited = faces.batch(share(step), ahead=share(step + 1) if step + 1 < last else ())
+        ids = [records[i].id for i in indices]  # tower (faces, patches, D), frozen
         with torch.no_grad():
             features = vlm.project(tower)  # (faces, K, H)
         guard.at("sample", ids)
@@ -326,22 +321,13 @@ def train(args, here: dist.Dist) -> None:
         if recording or complaints or skipped:
             if args.record_state and not before and update == 0 and not args.waive_gates:
                 before = snapshot(params, optimizer)  # stopped at the first inner update: nothing has moved yet
-            logprobs = {
-                "sampled_logprobs": sampled_logprobs,
-                "old_logprobs": old_logprobs,
-                "ref_logprobs": ref_logprobs,
-            }
             outcome = {"complaints": complaints, "skipped": skipped, "loss": stats.sums, "grad_norm": grad_norm}
-            save_record(
-                out,
-                card | {"step": step} | outcome,
-                [face_entry(records[i], faces.paths[i]) for i in indices],
-                [completion_entry(r, w) for r, w in zip(rollouts, rewards)],
-                completion_tensors(prompt, rollouts, rewards, advantages) | stats.tensors | logprobs,
-                before,
-                here,
-                args.record_budget_mb,
-            )
+            logprobs = dict(sampled_logprobs=sampled_logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+            numbers = completion_tensors(prompt, rollouts, rewards, advantages) | stats.tensors | logprobs
+            seen = [face_entry(records[i], faces.paths[i]) for i in indices]
+            said = [completion_entry(r, w) for r, w in zip(rollouts, rewards)]
+            meta = card | {"step": step} | outcome
+            save_record(out, meta, seen, said, numbers, before, here, args.record_budget_mb)
             clock.lap("record_seconds")
         enforce(complaints, args.waive_gates, step, log.write, args.out)
         guard.count_skipped(skipped)
@@ -358,11 +344,8 @@ def train(args, here: dist.Dist) -> None:
             "lr": lr,
             "data_wait_seconds": waited,
             "epoch": (step + 1) * faces_per_step / len(records),
-            "logprob_mismatch_mean": found.mean,
-            "logprob_mismatch_p99": found.p99,
-            "logprob_mismatch_max": here.max(found.max),
-            "completion_tokens": float(here.sum(mask.sum())) / len(everyone),
-            "truncated": float(here.sum(float(sum(r.finish_reason == "length" for r in rollouts)))) / len(everyone),
+            **found.metrics(here),
+            **length_metrics(rollouts, mask, here),
         }
         log.step(step, metrics, show=("reward", "reward_ans", "reward_au", "kl", "grad_norm"))
         if step == 0:

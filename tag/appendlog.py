@@ -31,7 +31,7 @@ def claim_folder(folder: str | os.PathLike, manifest: dict[str, Any], what: str)
         return
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         raise DataError(f"{path}: cannot be read; choose another --out") from None
     changed = [k for k in manifest if theirs.get(k) != manifest[k]] if isinstance(theirs, dict) else ["manifest"]
     if changed:

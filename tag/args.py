@@ -1,9 +1,11 @@
 """What the command lines share: presets, one-line errors with exit code 2, and the run folder's identity."""
 
 import argparse
+import contextlib
 import errno
 import json
 import os
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +54,21 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    """Defaults behind the flags, but for switches, flags off unless given, and texts that say it themselves."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe without a reader: the pipe that broke may be another one, a worker's."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no poll on Windows; no file behind stdout
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    return False
 
 
 def run(main: Callable[[], None]) -> None:
@@ -67,9 +83,13 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (UsageError, DataError) as e:
-        say(str(e))
+        if os.environ.get("RANK", "0") == "0" or not getattr(e, "everywhere", False):
+            say(str(e))
         sys.exit(2)
     except OSError as e:
+        if e.errno == errno.EPIPE and _nobody_reads():  # `| head`, a pager that was left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush complains
+            sys.exit(141)  # what a shell calls an end by SIGPIPE
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             raise
         where = e.filename or "an output file"

@@ -78,6 +78,7 @@ class Dist:
                 value = call()
             except (DataError, UsageError) as e:
                 complaint = e
+                complaint.everywhere = True  # said once, by the main process (tag.args.run)
         value, complaint = self.gather((value, complaint))[0]
         if complaint is not None:
             raise complaint

@@ -10,7 +10,14 @@ class MissingImage(DataError):
 
 
 class UsageError(ValueError):
-    """A wrong flag or folder; the message is one line that says what, where and what to do."""
+    """A wrong flag or folder; the message is one line that says what, where and what to do.
+
+    everywhere: all ranks raise it together, so that the main process alone says it.
+    """
+
+    def __init__(self, message: str, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 class DiskError(UsageError):

@@ -1,11 +1,12 @@
 """Writing files so that a reader never sees half of one."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import, and whoever only writes text does without it
     from torch import Tensor
@@ -30,6 +31,12 @@ def replacing(path: str | os.PathLike, binary: bool = False) -> Iterator[IO]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, content: Any, indent: int = 2) -> None:
+    """Indented JSON, whole or not at all."""
+    with replacing(path) as f:
+        f.write(json.dumps(content, indent=indent) + "\n")
 
 
 def write_tensors(

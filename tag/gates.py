@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tag.dist import Dist
 from tag.errors import UsageError
 
 # Sampled-vs-scored log-prob difference per token: mean, 99th percentile, largest. In float32 engine and trainer differ
@@ -32,6 +33,11 @@ class Mismatch:
     mean: float
     p99: float
     max: float
+
+    def metrics(self, here: Dist) -> dict[str, float]:
+        """As they are logged: the largest of all ranks, the others of this one; a collective."""
+        logged = {"logprob_mismatch_mean": self.mean, "logprob_mismatch_p99": self.p99}
+        return logged | {"logprob_mismatch_max": here.max(self.max)}
 
 
 def mismatch(sampled: Tensor, scored: Tensor, completion_mask: Tensor) -> Mismatch:

@@ -46,6 +46,8 @@ class Guard:
     ) -> None:
         self.here, self.max_skipped = here, args.max_skipped
         self.asked: str | None = None  # the signal that this process got
+        # torchrun, if it is the parent: when it dies, by a signal that it does not forward, its processes live on.
+        self.agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.handlers: dict[int, object] = {}  # of signals, as they were before
         self._listen()  # before the ranks meet below: once there is a heartbeat, all of them listen
         self.stopped = Path(out) / "stopped.json"  # there while the run waits to be gone on with
@@ -57,7 +59,7 @@ class Guard:
             except UsageError as e:
                 problem = str(e)
         if problem := here.gather(problem)[0]:
-            raise UsageError(problem)
+            raise UsageError(problem, everywhere=True)
         self.saver = Saver(
             out, params, optimizer, here, args.save_every, args.save_minutes, max(args.keep_checkpoints, 1)
         )
@@ -115,13 +117,16 @@ class Guard:
                 f"step {self.step}: loss or gradient was not finite in {self.in_a_row} step(s) in a row "
                 "(--max-skipped); the checkpoints are from before the first of them or hold unchanged weights. Likely "
                 "causes: a learning rate far too high (look at kl and grad_norm of the steps before), NaN in weights "
-                "or images, a token of probability 0 under policy or reference; OUT/faults.jsonl names the samples"
+                "or images, a token of probability 0 under policy or reference; OUT/faults.jsonl names the samples",
+                everywhere=True,
             )
 
     def border(self, done: int, card: dict, improved: bool = False) -> None:
         """The end of a step: all ranks agree on what comes next. Saves if it is time, if the held-out score has
         `improved`, at the end, and before stopping."""
         self.watch.at("border", self.step)
+        if self.agent is not None and os.getppid() != self.agent:
+            self.asked = self.asked or "the end of torchrun"
         saver = self.saver
         flags = torch.tensor([self.asked is not None, saver.late, saver.writing, len(self.new_faults)])
         asked, late, writing, faults = self.here.sum(flags.double()).tolist()

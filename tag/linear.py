@@ -57,6 +57,8 @@ def _enabled() -> bool:
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # the compiler chooses, oneDNN as well
+        return False
     same = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
     return same and x.numel() > 0 and _enabled() and type(weight) in (Tensor, nn.Parameter)
 

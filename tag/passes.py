@@ -26,6 +26,18 @@ from tag.files import replacing
 MEMORY = "memory.json"  # in the run folder: what --micro-tokens was reduced to
 
 
+def reduced(out: str | os.PathLike, asked: int) -> tuple[int, bool]:
+    """Tokens of a pass, and whether groups are split: what an earlier part of the run in `out` had to go down to, if it
+    was asked for as much as this one (--micro-tokens)."""
+    try:
+        found = json.loads((Path(out) / MEMORY).read_text(encoding="utf-8"))
+        if found["asked"] == asked and 0 < int(found["micro_tokens"]) < asked:
+            return int(found["micro_tokens"]), found["split"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return asked, False
+
+
 class Passes:
     """The passes of this rank. pack, split: as in tag/data/batching.py. `tell` gets each reduction."""
 
@@ -43,7 +55,7 @@ class Passes:
         self.tell: Callable[[str, str], object] = lambda kind, text: None
         self.alone = not sharded  # no collective inside a pass
         self.file = Path(out) / MEMORY
-        self.micro_tokens, halves = self._reduced()
+        self.micro_tokens, halves = reduced(out, micro_tokens)
         self.split = split or halves
         self.groups: list[Group] = []
         self.batches: list[tuple[Batch, bool]] = []
@@ -123,13 +135,3 @@ class Passes:
                 json.dump({"asked": self.asked, "micro_tokens": self.micro_tokens, "split": self.split}, f)
         except OSError:
             pass  # the next run will find out for itself
-
-    def _reduced(self) -> tuple[int, bool]:
-        """What an earlier part of the run had to go down to, if it was asked for as much as this one."""
-        try:
-            found = json.loads(self.file.read_text(encoding="utf-8"))
-            if found["asked"] == self.asked and 0 < int(found["micro_tokens"]) < self.asked:
-                return int(found["micro_tokens"]), found["split"] is True
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        return self.asked, False

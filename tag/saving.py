@@ -101,7 +101,8 @@ class Saver:
                 shutil.rmtree(partial_folder(self.out, self.step), ignore_errors=True)
             raise DiskError(
                 f"the checkpoint of step {self.step} cannot be written: {problems[0]}; those before it are whole: mend "
-                "that and repeat the same command"
+                "that and repeat the same command",
+                everywhere=True,
             )
         self.seconds += time.perf_counter() - started
 

@@ -1,12 +1,14 @@
 """Token-level statistics of a GRPO step, where its time went, and what its records cost; see docs/metrics.md."""
 
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from tag.dist import Dist
 from tag.grpo import LossTerms
+from tag.rollout import Rollout
 
 
 class UpdateStats:
@@ -131,6 +133,14 @@ class RecordCost:
             f"step records: {self.records} of {self.steps} steps, {each:.0f} ms each, {self.share:.2%} of the "
             f"{self.step_seconds:.1f} s of these steps"
         )
+
+
+def length_metrics(rollouts: Sequence[Rollout], mask: Tensor, here: Dist) -> dict[str, float]:
+    """Over the completions of all ranks: tokens of one on average, and the share that was cut off. mask: (N, T) of this
+    rank's, True or 1 on completion tokens; a collective."""
+    cut = sum(r.finish_reason == "length" for r in rollouts)
+    tokens, truncated, count = here.sum(torch.tensor([float(mask.sum()), cut, len(rollouts)]).double()).tolist()
+    return {"completion_tokens": tokens / count, "truncated": truncated / count}
 
 
 def first_step_note(metrics: dict[str, float], loss_average: str, updates: int = 1) -> str:

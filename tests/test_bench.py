@@ -211,7 +211,8 @@ def test_bench_rollout(tmp_path, capsys):
     for r in results:
         assert r["ratio"] == pytest.approx(r["ours"] / max(r["dynamic"], r["static"]))
         assert set(r["peak_mib"]) == {"ours", "dynamic", "static"} and 0 < r["occupancy"] <= 1
-    assert {"aten::mm", "aten::bmm"} <= {o["operator"] for o in results[1]["operators"]}
+    operators = {o["operator"] for o in results[1]["operators"]}
+    assert "aten::bmm" in operators and operators & {"aten::mm", "mkldnn::_linear_pointwise"}  # BLAS's, oneDNN's
     assert results[0]["bound"] > 0 and "share" in capsys.readouterr().out
 
 

@@ -20,7 +20,7 @@ from dataclasses import fields
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -30,17 +30,18 @@ from tag.dist import Dist
 from tag.evaluation.held_out import LOGGED
 from tag.evaluation.metrics import compute_metrics
 from tag.evaluation.predictions import make_prediction, to_line
+from tag.gates import Mismatch
 from tag.grpo import grpo_loss
 from tag.record import PER_TOKEN
 from tag.rewards import AU_KINDS, audit, reward_means, score_completion
-from tag.stepstats import StepStats
+from tag.stepstats import StepStats, length_metrics
 from tag.trace import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ("train_sft.py", "train_grpo.py", "eval.py")
 TOOLS = sorted(f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py"))
-FOREIGN_FLAGS = {"--nproc-per-node", "--max-restarts"}  # of torchrun
+FOREIGN_FLAGS = {"--signals-to-handle", "--shutdown-timeout", "--nproc-per-node", "--max-restarts"}  # of torchrun
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -220,6 +221,9 @@ def logged(script: str) -> set[str]:
     """Names that a training script writes into metrics.jsonl: the keys of its `metrics`, laps, held-out scores."""
     scored = [score_completion("", RECORD)] * 2
     sources = {"reward_means": reward_means(scored), "audit": audit(scored, 2), "clock.metrics": step_stats()}
+    alone = Dist(0, 1, torch.device("cpu"))
+    sources["found.metrics"] = Mismatch(0.0, 0.0, 0.0).metrics(alone)
+    sources["length_metrics"] = length_metrics([SimpleNamespace(finish_reason="stop")], torch.ones(1, 2), alone)
     source = (ROOT / script).read_text()
     names = {"step"} | {f"val_{name}" for name in LOGGED} | set(re.findall(r'\.lap\("(\w+)"\)', source))
     literals = [

@@ -276,7 +276,8 @@ def test_missing_images_are_never_passed_over_in_silence(call, flags, tmp_path, 
     line = refused(call, flags(data=damaged), tmp_path)
     assert "synth-test-000001" in line and "--missing wrong or skip" in line and not (tmp_path / "out").exists()
 
-    assert call(flags(data=damaged, missing="wrong", report_faces=8))[0] == 0
+    code, printed, _ = call(flags(data=damaged, missing="wrong", report_faces=8))
+    assert code == 0 and "2 of 8 faces could not be asked about and count as wrong (--missing wrong)" in printed
     wrong = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (wrong["n"], wrong["missing"], wrong["left_out"]) == (8, 2, 0)
     predictions = read_predictions(tmp_path / "out" / "predictions.jsonl")
@@ -284,7 +285,8 @@ def test_missing_images_are_never_passed_over_in_silence(call, flags, tmp_path, 
     assert "truncated" in predictions[4].missing and not predictions[4].correct and predictions[4].text == ""
     assert all(p.au_iou in (0.0, None) for p in predictions if p.missing)
 
-    assert call(flags(data=damaged, missing="skip", out=tmp_path / "skip", report_faces=8))[0] == 0
+    code, printed, _ = call(flags(data=damaged, missing="skip", out=tmp_path / "skip", report_faces=8))
+    assert code == 0 and "2 of 8 faces are left out (--missing skip)" in printed
     skipped = json.loads((tmp_path / "skip" / "metrics.json").read_text())
     assert (skipped["n"], skipped["missing"], skipped["left_out"]) == (6, 0, 2)
     assert [p.text for p in read_predictions(tmp_path / "skip" / "predictions.jsonl")] == [p.text for p in predictions]

@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from helpers import assert_same_gradients, gradients, metrics, random_groups, re
 from PIL import Image
 from safetensors.torch import load_file
 from test_checkpoint import ALONE
-from test_saving import wait_for_steps
+from test_saving import wait_for_steps, wait_until
 
 import train_grpo
 import train_sft
@@ -318,14 +317,15 @@ def test_a_data_worker_that_dies_is_replaced(synth, small):
     told = []
     faces.tell = lambda kind, text, **facts: told.append(kind)
     try:
-        faces.prefetch(range(6))
-        for pid in list(faces.pool._processes):
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.5)
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # before it has delivered anything
+            for pid in list(faces.pool._processes):
+                os.kill(pid, number)
+            if number == signal.SIGSTOP:
+                faces.prefetch(range(6))
         assert torch.equal(faces.tower(range(6)), expected[:6]) and told == ["data_worker"]
         for pid in list(faces.pool._processes):  # and between two steps
             os.kill(pid, signal.SIGKILL)
-        time.sleep(0.5)
+        wait_until(lambda: faces.pool._broken, "the death of a worker is noticed")
         faces.prefetch(range(6, 12))
         assert torch.equal(faces.tower(range(12)), expected) and told == ["data_worker"] * 2
     finally:
@@ -395,6 +395,24 @@ def test_a_full_disk_stops_in_one_line_and_room_lets_it_go_on(call, work, flags,
     assert metrics(work / "out") == metrics(work / "whole") and result(work / "out") == result(work / "whole")
 
 
+# ---------------------------------------------------------------- torchrun dies
+
+
+@pytest.mark.parametrize("under_torchrun", [True, False])
+def test_processes_that_torchrun_has_left_behind_save_and_end(call, work, flags, monkeypatch, under_torchrun):
+    """A signal that torchrun does not forward kills it alone. A shell that ends is no reason to stop."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if under_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    parents = iter([77, 77, 1, 1, 1])
+    monkeypatch.setattr("tag.guard.os.getppid", lambda: next(parents))
+    code, out, err = call("train_sft", flags("train_sft", eval_faces=0, epochs=4 / 3, workers=0))
+    assert code == 0, err
+    assert ("stopped by the end of torchrun after step 2: saved" in out) is under_torchrun
+    assert len(metrics(work / "out")) == (2 if under_torchrun else 4)
+    assert (work / "out" / "stopped.json").exists() is under_torchrun
+
+
 # ---------------------------------------------------------------- a rank that hangs
 
 
@@ -449,11 +467,12 @@ def test_who_looks_and_when(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_frozen_rank_is_named_and_the_run_ends_itself(server, work, flags):
     """SIGSTOP to one of two: stage, step and samples are named; then exit code 3, and the same command goes on."""
-    argv = flags("train_grpo", max_steps=20, eval_faces=0, save_every=1, device="cpu")
+    argv = flags("train_grpo", max_steps=3000, eval_faces=0, save_every=1, device="cpu")
     frozen = [*argv, "--slow-minutes", "0.1", "--hang-minutes", "0.25"]
     pids = server.start("train_grpo", frozen, 2)
     wait_for_steps(work / "out", 2)
-    time.sleep(0.6)  # a beat
+    beat = work / "out" / "heartbeat" / "rank-00001.json"
+    wait_until(lambda: "synth-train-" in beat.read_text(), "a heartbeat with samples")
     os.kill(pids[1], signal.SIGSTOP)
     ended = server.finish()
     assert ended.codes == [3, -signal.SIGKILL], ended.output[-3000:]
@@ -461,9 +480,10 @@ def test_a_frozen_rank_is_named_and_the_run_ends_itself(server, work, flags):
     assert f"process {pids[1]}" in line and "does not answer" in line and "samples synth-train-" in line
     assert "(--hang-minutes)" in ended.output
     assert "train_grpo.py" in (work / "out" / "heartbeat" / "rank-00000.stack").read_text()
-    last = server.run("train_grpo", argv, 2)
+    end = len(metrics(work / "out")) + 2
+    last = server.run("train_grpo", [*argv, "--stop-after", end], 2)
     assert last.codes == [0, 0] and "resuming after step" in last.output
-    assert [line["step"] for line in metrics(work / "out")] == list(range(20))
+    assert [line["step"] for line in metrics(work / "out")] == list(range(end))
 
 
 # ---------------------------------------------------------------- two processes

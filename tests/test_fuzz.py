@@ -209,7 +209,7 @@ def test_there_are_cases_and_each_is_of_a_target():
 @pytest.mark.parametrize("name", TARGETS)
 def test_some_thousand_inputs_of_each_target(name, tmp_path):
     outcome = engine.fuzz(name, 1500, seed=1, found=tmp_path, limit=5.0, hang=60.0)
-    assert outcome.runs == 1500 and outcome.findings == [] and outcome.behaviours > 8
+    assert outcome.runs == 1500 and outcome.findings == [] and outcome.behaviours > 4
 
 
 def test_inputs_are_those_of_the_seed():

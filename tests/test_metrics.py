@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def random_predictions(rng: random.Random, count: int, skill: float = 0.6) -> li
                 label=label,
                 answer=answer,
                 answer_lenient=answer or rng.choice([label, None]),
-                text="x",
+                text="",
                 boxes=[small_box(rng) for _ in range(rng.randint(0, 4))],
                 aus=aus,
                 au_boxes=[small_box(rng) for _ in aus],
@@ -266,6 +267,19 @@ def test_predictions_round_trip(tmp_path):
     assert read_predictions(path) == ps
     assert [f.name for f in path.parent.iterdir()] == ["predictions.jsonl"]
     assert json.loads(to_line(ps[0]))["correct"] == ps[0].correct
+
+
+def test_an_answer_that_the_text_does_not_give_is_of_another_version(tmp_path):
+    """An older version counted the first of two answer blocks: its files must not be mixed with ours."""
+    record, path = Record("r", "r.png", "raf-db", "test", "fear"), tmp_path / "predictions.jsonl"
+    two = make_prediction(record, "<think>x</think><answer>fear</answer><answer>anger</answer>")
+    assert two.answer is None
+    for answer, text in (("fear", two.text), (None, format_trace("x", "fear")), ("anger", format_trace("x", "fear"))):
+        write_predictions(path, [two, replace(two, id="s", answer=answer, text=text)])
+        with pytest.raises(DataError, match=r"predictions\.jsonl:2: field 'answer': .* evaluate anew"):
+            read_predictions(path)
+    write_predictions(path, [replace(two, answer="fear", text="")])  # a baseline without a text says what it likes
+    assert read_predictions(path)[0].correct
 
 
 def test_bad_prediction_lines_name_file_line_and_field(tmp_path):

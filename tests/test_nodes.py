@@ -9,12 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from helpers import metrics, result
-from test_saving import wait_for_steps
+from test_saving import wait_for_steps, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,6 +34,11 @@ def agents(argv: list[str], log: Path, restarts: int = 3) -> list[subprocess.Pop
     return started
 
 
+def output(log: Path) -> str:
+    """What both agents and their processes have said."""
+    return "".join(log.with_suffix(f".{node}").read_text() for node in range(2))
+
+
 def workers(out: Path) -> dict[int, int]:
     """rank -> process id, from the heartbeats."""
     found = {}
@@ -51,21 +55,17 @@ def workers(out: Path) -> dict[int, int]:
 def test_two_machines_a_killed_rank_and_a_signal(server, work, flags, tmp_path):
     """Hybrid sharding over two agents. A killed rank: all are started again by themselves and resume. SIGUSR1 to the
     agents: saved, and every process ends by itself. Gone on with, the result is that of an undisturbed run."""
-    more = {"epochs": 20, "save_every": 1, "eval_faces": 0, "device": "cpu", "shard": "hybrid"}
-    whole = server.run("train_sft", flags("train_sft", out=work / "whole", **more), 4, nodes=2)
-    assert whole.codes == [0] * 4, whole.output[-3000:]
-
+    more = {"epochs": 1000, "save_every": 1, "eval_faces": 0, "device": "cpu", "shard": "hybrid"}
     argv, log = flags("train_sft", **more), tmp_path / "agent"
     running = agents(argv, log)
     try:
         wait_for_steps(work / "out", 2, seconds=240)
-        time.sleep(0.6)  # a beat
+        wait_until(lambda: sorted(workers(work / "out")) == [0, 1, 2, 3], "heartbeats of four ranks")
         before = workers(work / "out")
-        assert sorted(before) == [0, 1, 2, 3]
         os.kill(before[3], signal.SIGKILL)
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline and not (set(workers(work / "out").values()) - set(before.values())):
-            time.sleep(0.1)
+        wait_until(lambda: "resuming after step" in output(log), "another start")
+        # All four, because one that is signalled before it listens dies of it.
+        wait_until(lambda: len(workers(work / "out").items() - before.items()) == 4, "heartbeats of four new ranks")
         for agent in running:
             agent.send_signal(signal.SIGUSR1)
         for agent in running:
@@ -73,13 +73,16 @@ def test_two_machines_a_killed_rank_and_a_signal(server, work, flags, tmp_path):
     finally:
         for agent in running:
             agent.kill()
-    said = "".join(log.with_suffix(f".{node}").read_text() for node in range(2))
+    said = output(log)
     assert "resuming after step" in said, said[-3000:]
     assert "stopped by SIGUSR1 after step" in said, said[-3000:]
     assert (work / "out" / "stopped.json").exists() and not list((work / "out" / "heartbeat").glob("rank-*.json"))
 
-    last = server.run("train_sft", argv, 4, nodes=2)
+    end = ["--stop-after", len(metrics(work / "out")) + 2]
+    last = server.run("train_sft", [*argv, *end], 4, nodes=2)
     assert last.codes == [0] * 4, last.output[-3000:]
+    whole = server.run("train_sft", [*flags("train_sft", out=work / "whole", **more), *end], 4, nodes=2)
+    assert whole.codes == [0] * 4, whole.output[-3000:]
     assert metrics(work / "out") == metrics(work / "whole")
     assert result(work / "out") == result(work / "whole")
 

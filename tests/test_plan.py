@@ -23,6 +23,7 @@ from tag import linear
 from tag.bench.communication import expected_refresh, expected_step
 from tag.bench.memory import AllocatedBytes
 from tag.bench.memory_cases import Case, case_config, case_run, case_shape, compare, measure_case
+from tag.checkpoint import own_share
 from tag.data.batching import Group, collate
 from tag.dist import Dist
 from tag.errors import DataError, UsageError
@@ -37,7 +38,7 @@ from tag.plan.work import forward_flops, gather_bytes, run_hours, step_seconds, 
 from tag.random_vlm import config_7b
 from tag.rollout.budget import kv_bytes_per_token
 from tag.tiny.checkpoint import build_config
-from tag.trainable import trainability_table
+from tag.trainable import trainability_table, trained_parameters
 from tag.vlm import TINY_MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -343,6 +344,43 @@ def test_the_tiny_preset_is_not_refused_on_a_small_laptop(stage, monkeypatch, ca
     assert "GB a process at most, in update" in capsys.readouterr().out
 
 
+def test_a_run_that_went_down_to_smaller_passes_is_planned_with_those(tmp_path):
+    args = script_args("grpo", "--micro-tokens", "4096")
+    args.out = tmp_path
+    whole = startup.run_of(args, "grpo", ALONE, 100)
+    (tmp_path / "memory.json").write_text(json.dumps({"asked": 4096, "micro_tokens": 1024, "split": True}))
+    found = startup.run_of(args, "grpo", ALONE, 100)
+    assert (whole.micro_tokens, whole.group, found.micro_tokens, found.group) == (4096, 8, 1024, 1)
+    assert peak(memory(B7, found))[1] < peak(memory(B7, whole))[1]
+
+
+def test_ranks_refuse_together_by_what_the_poorest_has(monkeypatch):
+    monkeypatch.setattr(startup, "available", lambda device: 10**12)
+
+    class Poorer(Dist):
+        def max(self, value: float) -> float:
+            return max(value, -8e9)  # another rank has 8 GB
+
+    with pytest.raises(UsageError, match=r"8\.0 GB are free") as e:
+        startup.check_memory(script_args("sft"), "sft", Poorer(1, 2, CPU), 1000)
+    assert e.value.everywhere
+
+
+def test_what_checkpoints_are_written_from_is_counted_on_a_cpu():
+    vlm = make_vlm()
+    add_lora(vlm.hf_model, 8, 16.0, 0.0)
+    set_trainable(vlm.hf_model, "policy")
+    params = trained_parameters(vlm)
+    optimizer = torch.optim.AdamW(params.values())
+    for param in params.values():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    copies, _ = own_share(params, optimizer, ALONE)
+    held = weights(case_shape(vlm.hf_model.config), Run("sft", ranks=1, lora_rank=8, gpu=False, saves=True))
+    assert held["checkpoint's copy"] == sum(copy.nbytes for copy in copies.values() if copy.ndim)
+    assert startup.run_of(script_args("sft"), "sft", ALONE, 10).saves
+
+
 def test_a_model_that_is_not_there_yet_is_said_not_to_be_estimated(capsys):
     startup.check_memory(script_args("sft", "--model", "someone/something"), "sft", ALONE, 10)
     assert "no estimate" in capsys.readouterr().out
@@ -364,7 +402,7 @@ def test_the_tool_prints_and_writes_the_same(tmp_path, capsys):
     found, text = json.loads(out.read_text()), capsys.readouterr().out
     assert f"{found['peak']['bytes'] / 1e9:.1f} GB in update" in text and "322,961,408" in text
     assert found["peak"]["bytes"] == sum(found["memory"]["update"].values())
-    assert re.search(r"GPU-hours\n\(not measured", text)
+    assert re.search(r"GPU-hours\nnot measured: .*\n.*\nexact: parameters. Memory: counted", text)
 
 
 def test_the_tool_says_what_does_not_fit_and_exits_with_1(capsys):

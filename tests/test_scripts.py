@@ -8,9 +8,11 @@ Bad input ends with exit code 2 and one line on stderr; nothing is lost, and not
 
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from helpers import add_random_lora, metrics, result
 import eval as eval_script
 import train_grpo
 import train_sft
-from tag.args import run
+from tag.args import Parser, run
 from tag.bench.forks import reward_of_text
 from tag.data.records import read_records
 from tag.lora import save_adapter
@@ -284,25 +286,32 @@ def test_stop_after(call, work, flags, script, monkeypatch):
 # ---------------------------------------------------------------- killed and resumed
 
 
+def newest(out: Path) -> int:
+    """The step of the last checkpoint that has its name; 0 without any."""
+    return max((int(folder.name[5:]) for folder in out.glob("checkpoints/step-??????")), default=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("script", TRAIN)
 def test_killed_at_random_moments_it_is_the_same_run(server, work, flags, script, world):
     """The same command until it is done gives bit for bit what one uninterrupted run gives."""
-    more = {"train_sft": {"epochs": 2}, "train_grpo": {"max_steps": 6, "updates_per_step": 2}}[script]
+    # So many steps that none ends before it is killed, however fast the machine is; the last ends by --stop-after.
+    more = {"train_sft": {"epochs": 1000}, "train_grpo": {"max_steps": 3000, "updates_per_step": 2}}[script]
     more |= {"save_every": 1, "device": "cpu"}
-    whole = server.run(script, flags(script, out=work / "whole", **more), world)
-    assert whole.codes == [0] * world, whole.output[-3000:]
-    steps = max(metric["step"] for metric in metrics(work / "whole"))
     moments = random.Random(f"{script} {world}")  # counted from a checkpoint, which comes however slow the machine is
     argv, resumed = flags(script, out=work / "killed", **more), []
-    for step in (1, steps // 2 + 1):
+    for ahead in (1, 3):
+        step = ahead + newest(work / "killed")
         saved = str(work / "killed" / "checkpoints" / f"step-{step:06d}")
         part = server.run(script, argv, world, kill_from=saved, kill_after=moments.uniform(0, 0.05))
         assert part.killed, part.output[-3000:]
         resumed.append("resuming after step" in part.output)
-    last = server.run(script, argv, world)
+    end = ["--stop-after", newest(work / "killed") + 3]
+    last = server.run(script, [*argv, *end], world)
     assert last.codes == [0] * world, last.output[-3000:]
+    whole = server.run(script, [*flags(script, out=work / "whole", **more), *end], world)
+    assert whole.codes == [0] * world, whole.output[-3000:]
     assert [*resumed, "resuming after step" in last.output] == [False, True, True]
     assert metrics(work / "killed") == metrics(work / "whole")
     assert result(work / "killed") == result(work / "whole")
@@ -317,3 +326,31 @@ def test_bad_input_ends_all_processes(server, work, flags):
     assert 2 in ended.codes and ended.seconds < 60
     assert "train.jsonl:2: field 'label'" in ended.output and "Traceback" not in ended.output
     assert not (work / "out").exists()
+
+
+# ---------------------------------------------------------------- what all command lines share
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_left_ends_it_quietly(unbuffered):
+    """`| head` is no error of ours: no traceback. A pipe of something else that breaks still is one."""
+    code = "from tag.args import run\nrun(lambda: [print('x' * 99) for _ in range(9999)])"
+    there, gone = subprocess.PIPE, os.pipe()
+    os.close(gone[0])
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run([sys.executable, "-c", code], stdout=gone[1], stderr=there, cwd=ROOT, env=env, text=True)
+    os.close(gone[1])
+    assert (done.returncode, done.stderr) == (141, "")
+    with pytest.raises(BrokenPipeError):
+        run(lambda: (_ for _ in ()).throw(BrokenPipeError(32, "a worker's")).__next__())
+
+
+def test_help_shows_defaults_where_there_are_any():
+    """Also 0; not None and False, and not a second time."""
+    p = Parser("About.")
+    p.add_argument("--seed", type=int, default=0, help="of it")
+    p.add_argument("--name", help="of it")
+    p.add_argument("--fast", action="store_true", help="or slow")
+    p.add_argument("--title", default="x", help="of it (default: the file's)")
+    text = p.format_help()
+    assert re.findall(r"\(default.*\)", text) == ["(default: 0)", "(default: the file's)"]

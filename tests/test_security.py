@@ -290,6 +290,23 @@ def test_a_split_cannot_name_a_file_elsewhere(tree, name):
         from_line(line)
 
 
+def test_a_root_is_followed_once_and_nothing_leaves_it(tmp_path):
+    """A link as root may be turned elsewhere while a run goes on: names still stand for files of the first folder."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_text(name)
+    root = tmp_path / "root"
+    assert images.inside(root, "x.png") == root / "x.png"  # not there yet: not remembered
+    root.symlink_to("a")
+    assert images.inside(root, "x.png").read_text() == "a"
+    root.unlink()
+    root.symlink_to("b")
+    assert images.inside(root, "x.png").read_text() == "a"
+    assert images.inside(root, "../b/x.png") is None and images.inside(root, str(tmp_path / "b" / "x.png")) is None
+    (tmp_path / "a" / "out").symlink_to(tmp_path / "b")
+    assert images.inside(root, "out/x.png") is None
+
+
 def test_exports_write_inside_their_folder_only(tree, tmp_path):
     before = {p for p in tmp_path.rglob("*")}
     write_imagefolder([record("sub/in.png"), record("good-link.png", split="val")], tree, tmp_path / "hub")

@@ -30,6 +30,7 @@ from tag.synth.params import DOMAINS
 from tag.trace import format_box, format_trace
 from tests.test_openface import load_tool
 
+ROOT = Path(__file__).resolve().parents[1]
 tool = load_tool("run_study")
 make_synth = load_tool("make_synth")
 
@@ -144,7 +145,7 @@ def test_a_terminated_study_takes_its_processes_along(tmp_path):
         "from tag.studies.plan import Stage\nend_with_me()\n"
         f"run_stages([Stage('s', ('-c', {code!r}, {str(started)!r}), (), Path('never'))], Path('logs'))"
     )
-    process = subprocess.Popen([sys.executable, "-c", study], cwd=tool.ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", study], cwd=ROOT, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 60
     while not (started.exists() and started.read_text()):
         assert time.monotonic() < end and process.poll() is None
@@ -386,13 +387,31 @@ def test_joined_domains_keep_every_record_and_mix_the_held_out_ones(tmp_path):
 
 
 def test_the_page_of_results_says_what_the_committed_figures_say():
-    """Each cell of docs/results/paper_tables.json stands in its row of docs/results.md."""
-    page = (tool.ROOT / "docs" / "results.md").read_text()
-    study = json.loads((tool.ROOT / "docs" / "results" / "paper_tables.json").read_text())
-    assert [t["table"] for t in study["tables"]] == [1, 2, 3, 4, 5] and study["args"]["seeds"] == [0, 1]
+    """Each cell and difference of docs/results/paper_tables.json stands in its row of docs/results.md."""
+    page = (ROOT / "docs" / "results.md").read_text()
+    study = json.loads((ROOT / "docs" / "results" / "paper_tables.json").read_text())
+    assert [t["table"] for t in study["tables"]] == [1, 2, 3, 4, 5] and study["args"]["seeds"] == [0, 1, 2]
     for table in study["tables"]:
-        section = page.split(f"### Table {table['table']}. ")[1].split("\n\n| difference")[0]
+        section, differences = page.split(f"### Table {table['table']}. ")[1].split("\n\n| difference")[:2]
+        differences = differences.split("\n\n")[0]
+        for cell in table["differences"]:
+            if cell["metric"] != "boxes_per_trace" and cell["ours"]:
+                start = f"| {cell['of']} less {cell['less']} |"
+                rows = [line for line in differences.splitlines() if line.startswith(start)]
+                row = next(line for line in rows if len(rows) == 1 or f"| {cell['test']} |" in line)
+                assert show(_estimate(cell["ours"]), cell["metric"], True) in row, (table["table"], start)
         for cell in table["cells"]:
             row = next(line for line in section.splitlines() if line.startswith(f"| {cell['row']} |"))
-            ours = cell["ours"] and Estimate(**{k: tuple(v) if k == "interval" else v for k, v in cell["ours"].items()})
-            assert show(ours, cell["metric"]) in row, (table["table"], cell["row"], cell["test"], cell["metric"])
+            shown = show(cell["ours"] and _estimate(cell["ours"]), cell["metric"])
+            assert shown in row, (table["table"], cell["row"], cell["test"], cell["metric"])
+    grounding = json.loads((ROOT / "docs" / "results" / "grounding_synth.json").read_text())["runs"]
+    lines = page.split("## Grounding against")[1].splitlines()
+    for run, title in (("sft", "SFT"), ("rlvr", "SFT + RLVR"), ("tag-shaded", "SFT + TAG")):
+        row = next(line for line in lines if line.startswith(f"| {title} |"))
+        for measured in grounding[run].values():
+            for name in ("model_against_a", "model_against_b"):
+                assert f"{100 * measured['au_iou'][name]['mean']:.1f}" in row, (run, name)
+
+
+def _estimate(stored: dict) -> Estimate:
+    return Estimate(**{k: tuple(v) if k == "interval" else v for k, v in stored.items()})

@@ -9,10 +9,8 @@ detectors are ready; the whole command with start, imports and writing is `secon
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,8 +21,7 @@ import torch
 from tag.args import Parser, check, run
 from tag.bench.output import card, print_table, write_json
 from tag.errors import DataError
-
-ROOT = Path(__file__).resolve().parents[1]
+from tag.studies.execute import run_script
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -71,13 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def detect(args: argparse.Namespace, workers: int, out: Path) -> tuple[dict, bytes]:
-    """(speed as the tool reports it, the records it wrote) of one run. Raises DataError."""
-    command = [sys.executable, str(ROOT / "tools" / "detect_aus.py"), "--images", args.images, "--labels", args.labels]
-    start = time.perf_counter()
-    done = subprocess.run([*command, "--workers", str(workers), "--out", str(out)], capture_output=True, text=True)
-    seconds = time.perf_counter() - start
-    if done.returncode != 0:
-        raise DataError(f"tools/detect_aus.py: {' '.join(done.stderr.split())[-300:]}")
+    """(speed as the tool reports it, the records it wrote) of one run. Raises UsageError."""
+    words = ["--images", args.images, "--labels", args.labels, "--workers", workers, "--out", out]
+    seconds = run_script("tools/detect_aus.py", *words, quiet=True)
     speed = json.loads(out.with_name(f"{out.stem}.summary.json").read_text())["speed"]
     return {**speed, "seconds_whole": round(seconds, 2)}, out.read_bytes()
 

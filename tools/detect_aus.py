@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 from tqdm import tqdm
 
 from tag import __version__
+from tag.args import Parser
 from tag.au.annotate import Journal, annotate, build_record, check_images, look, record_ids
 from tag.au.base import Detector
 from tag.au.outcome import BAD_IMAGE, Outcome
@@ -57,9 +58,7 @@ GRAPHAU_ARCHS = ("resnet18", "resnet50", "swin-t", "swin-s", "swin-b")  # those 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; raises UsageError (one line) instead of printing the usage."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = Parser(__doc__)
     p.error = _usage_error  # type: ignore[method-assign]
     p.add_argument("--images", required=True, metavar="DIR", help="folder that the image paths are relative to")
     p.add_argument("--labels", metavar="CSV", help="table of images and labels")
@@ -75,8 +74,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--face-landmarker", metavar="PATH", help="face_landmarker.task (else $TAG_FACE_LANDMARKER, cache)")
     p.add_argument("--weak-aus", action="store_true", help="also AU9, AU23, AU27, AU45, hardly visible to mediapipe")
     p.add_argument("--graphau-checkpoint", metavar="FILE", help="released OpenGraphAU weights, for --detector graphau")
-    p.add_argument("--graphau-arch", choices=GRAPHAU_ARCHS, default="resnet50", help="of that file (default resnet50)")
-    p.add_argument("--graphau-stage", type=int, choices=(1, 2), default=1, help="of that file (default 1)")
+    p.add_argument("--graphau-arch", choices=GRAPHAU_ARCHS, default="resnet50", help="of that file")
+    p.add_argument("--graphau-stage", type=int, choices=(1, 2), default=1, help="of that file")
     p.add_argument("--device", help="for --detector graphau (default: a GPU if there is one)")
     p.add_argument(
         "--threshold", type=float, help="activation from which an AU is kept (default 0.2; with graphau 0.4)"
@@ -91,15 +90,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--image-column", help="if the header calls it something else")
     p.add_argument("--label-column", help="if the header calls it something else")
     p.add_argument("--split-column", help="take train / val / test from this column instead of the image's hash")
-    p.add_argument("--val-fraction", type=float, metavar="F", help="of all faces, by hash (default 0)")
-    p.add_argument("--test-fraction", type=float, metavar="F", help="of all faces, by hash (default 0)")
+    p.add_argument("--val-fraction", type=float, metavar="F", help="of all faces, by hash")
+    p.add_argument("--test-fraction", type=float, metavar="F", help="of all faces, by hash")
     p.add_argument("--val-count", type=int, metavar="N", help="exactly N, in proportion to the classes")
     p.add_argument("--test-count", type=int, metavar="N", help="exactly N, in proportion to the classes")
     p.add_argument("--split-files", action="store_true", help="also train.jsonl, val.jsonl and test.jsonl beside --out")
-    p.add_argument("--seed", type=int, default=0, help="of the splits and of the wording of traces (default 0)")
+    p.add_argument("--seed", type=int, default=0, help="of the splits and of the wording of traces")
     p.add_argument("--workers", type=int, help="processes, one detector each (default: one per core, at most 8)")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N rows of the table")
-    p.add_argument("--on-bad-image", choices=("stop", "skip"), default="stop", help="see above (default stop)")
+    p.add_argument("--on-bad-image", choices=("stop", "skip"), default="stop", help="see above")
     p.add_argument("--overwrite", action="store_true", help="replace --out, and an unfinished run with other settings")
     args = p.parse_args(argv)
     if bool(args.labels) == bool(args.layout):

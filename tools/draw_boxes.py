@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from PIL import Image
 
+from tag.args import Parser
 from tag.boxes import Canvas
 from tag.data.images import load_image
 from tag.data.records import Record, read_records, resolve_image
@@ -27,21 +28,19 @@ from tag.trace import aus_of_boxes, parse
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; raises UsageError (one line) instead of printing the usage."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = Parser(__doc__)
     p.error = _usage_error  # type: ignore[method-assign]
     p.add_argument("records", metavar="RECORDS.jsonl")
     p.add_argument("--image-root", required=True, metavar="DIR", help="folder that the image paths are relative to")
     p.add_argument("--out", required=True, metavar="SHEET.png", help="picture to write (png or jpg)")
-    p.add_argument("--count", type=int, default=50, help="how many records, chosen at random (default 50)")
+    p.add_argument("--count", type=int, default=50, help="how many records, chosen at random")
     p.add_argument("--boxes", choices=("candidates", "aus"), default="candidates", help="what is drawn green")
     p.add_argument("--no-trace", action="store_true", help="leave out the red boxes")
     p.add_argument("--split", help="only records of this split")
     p.add_argument("--label", help="only records of this class")
-    p.add_argument("--size", type=int, default=320, help="pixels of one face (default 320)")
+    p.add_argument("--size", type=int, default=320, help="pixels of one face")
     p.add_argument("--columns", type=int, help="faces in a row")
-    p.add_argument("--seed", type=int, default=0, help="of the choice (default 0)")
+    p.add_argument("--seed", type=int, default=0, help="of the choice")
     args = p.parse_args(argv)
     if args.count < 1 or (args.columns or 1) < 1 or not 64 <= args.size <= 1024:
         raise UsageError(

@@ -66,7 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises UsageError."""
     p = Parser(__doc__)
     p.add_argument("records", metavar="RECORDS.jsonl", help="TAG records; traces are not needed")
-    p.add_argument("--image-root", required=True, metavar="DIR", help="folder that the image paths start from")
+    p.add_argument("--image-root", metavar="DIR", help="folder of the image paths (default: where the records lie)")
     p.add_argument("--split", help="only records of this split")
     p.add_argument("--name", help="of the task (default: the folder's)")
     p.add_argument("--max-new-tokens", type=int, default=512)
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     out = Path(args.out).resolve()
     records = read_records(args.records, args.split)
-    paths = [resolve_image(record, args.image_root) for record in records]
+    paths = [resolve_image(record, args.image_root or Path(args.records).parent) for record in records]
     with replacing(out / "faces.jsonl") as f:
         for record, path in zip(records, paths, strict=True):
             # The record as text: lmms-eval reads the file as a table, which would lose an empty list's type.

@@ -10,9 +10,7 @@ computed here: the JSON holds their summaries, the commands and their seconds. A
 import argparse
 import json
 import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,9 +20,7 @@ import torch
 
 from tag.args import Parser, check, run
 from tag.bench.output import card, write_json
-from tag.errors import DataError
-
-ROOT = Path(__file__).resolve().parents[1]
+from tag.studies.execute import run_script
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """All steps in order, then the file. Raises DataError when one fails."""
+    """All steps in order, then the file. Raises UsageError when one fails."""
     args = parse_args(argv)
     facts = card("tools/faces_pipeline.py", args, argv, torch.device("cpu"), ("mediapipe",))
     out, steps = Path(args.out), []
@@ -81,16 +77,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def step(done: Path, script: str, *words: object) -> list[dict]:
-    """Run a script of ours unless what it makes is there: [its command and seconds]. Raises DataError."""
-    command = ["python", script, *map(str, words)]
+    """Run a script of ours unless what it makes is there: [its command and seconds]. Raises UsageError."""
+    command = shlex.join(["python", script, *map(str, words)])
     if done.exists():
-        return [{"command": shlex.join(command), "seconds": "done before"}]
-    print(f"== {shlex.join(command)}", flush=True)
-    start = time.perf_counter()
-    code = subprocess.run([sys.executable, str(ROOT / script), *command[2:]]).returncode
-    if code != 0:
-        raise DataError(f"{script} ended with exit code {code}; what it said stands above")
-    return [{"command": shlex.join(command), "seconds": round(time.perf_counter() - start, 1)}]
+        return [{"command": command, "seconds": "done before"}]
+    print(f"== {command}", flush=True)
+    return [{"command": command, "seconds": round(run_script(script, *words), 1)}]
 
 
 def load(path: Path) -> dict:

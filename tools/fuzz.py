@@ -6,7 +6,7 @@
 
 `mutate` makes inputs from valid ones and from words of the format, keeps those that behave in a new way, and is the
 same for the same --seed. `atheris` is coverage-guided: libFuzzer sees which lines of ours an input reaches. What must
-hold of each target is written in tag/fuzz/targets.py. Inputs that fail are written to --found; exit code 1 if there are
+hold of each target is written in tag/fuzz. Inputs that fail are written to --found; exit code 1 if there are
 any. Put them into tests/fuzz_cases once mended: every test run replays those.
 """
 
@@ -27,6 +27,7 @@ from tag.args import Parser, check, run
 from tag.errors import DataError, UsageError
 
 NAMES = ("trace", "rewards", "records", "predictions", "labels", "openface", "answer", "canvas", "page")
+NAMES += ("verdict", "judged", "raters", "key", "answers", "card", "manifest", "curve")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -138,6 +139,8 @@ def inside_atheris(args: argparse.Namespace) -> None:
         ) from None
     with atheris.instrument_imports(include=["tag"]):
         from tag.fuzz.targets import TARGETS
+    from tag.fuzz.engine import check as check_input  # not instrumented: its branches are no coverage
+
     [name] = args.target
     target = TARGETS[name]
     corpus = Path(args.inside, "corpus")
@@ -152,13 +155,10 @@ def inside_atheris(args: argparse.Namespace) -> None:
 
     def one(data: bytes) -> None:
         nonlocal slowest, tried
-        start = time.thread_time()
-        target.run(data)
-        seconds = time.thread_time() - start
-        if seconds > slowest[0]:
-            slowest = (seconds, len(data))
-        if seconds > args.limit:
-            raise TimeoutError(f"took {seconds:.2f} s of CPU for {len(data)} bytes")
+        _, seconds, wrong = check_input(name, data, args.limit)
+        slowest = max(slowest, (seconds, len(data)))
+        if wrong:
+            raise AssertionError(wrong)  # libFuzzer keeps the input and ends
         tried += 1
         if tried in (1000, args.runs - 1000) or tried % 50_000 == 0:
             print(f"slowest: {slowest[0]:.4f} s, {slowest[1]} bytes", flush=True)

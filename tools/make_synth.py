@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
+from tag.args import Parser
 from tag.data.records import DataError, read_records, resolve_image, write_records
 from tag.synth.dataset import SPLITS, SYNTH_VERSIONS, split_seeds, write_dataset
 from tag.synth.params import DOMAINS, bayes_accuracy, sample_face
@@ -25,27 +26,20 @@ from tag.synth.sheet import contact_sheet
 MANIFEST = "synth.json"
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this tool."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("--out", type=Path, help="directory to write to; also the --image-root of its records")
     for split in SPLITS:
-        p.add_argument(f"--{split}", type=int, default=0, metavar="N", help=f"faces of the {split} split (default 0)")
+        p.add_argument(f"--{split}", type=int, default=0, metavar="N", help=f"faces of the {split} split")
     p.add_argument(
         "--domain", choices=DOMAINS, default="shaded", help="how faces are drawn and which AUs they tend to show"
     )
-    p.add_argument("--seed-offset", type=int, default=0, help="skip this many faces of every split (default 0)")
+    p.add_argument("--seed-offset", type=int, default=0, help="skip this many faces of every split")
     p.add_argument(
         "--second-detector", action="store_true", help="also write OUT/SPLIT-second.jsonl: another detector's records"
     )
-    p.add_argument("--workers", type=int, default=2, help="processes that draw (default 2)")
+    p.add_argument("--workers", type=int, default=2, help="processes that draw")
     p.add_argument("--contact-sheet", type=Path, metavar="FILE", help="also save an overview of the faces as an image")
     args = p.parse_args(argv)
     if args.out is None and args.contact_sheet is None:

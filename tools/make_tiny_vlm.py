@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Make the tiny Qwen2.5-VL that the embedded default starts from (tag/assets/tiny-qwen2.5-vl).
 
     python tools/make_tiny_vlm.py --out my-tiny-vlm              # under an hour on 2 shared CPU cores
@@ -27,6 +27,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration  # noqa: E402
 
+from tag.args import Parser  # noqa: E402
 from tag.tiny.card import write_card  # noqa: E402
 from tag.tiny.checkpoint import build_config, build_model, build_tokenizer, make_random, save_checkpoint  # noqa: E402
 from tag.tiny.language import Packer  # noqa: E402
@@ -134,17 +135,17 @@ def command(args: argparse.Namespace) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("--out", required=True, help="folder to write the checkpoint to")
-    p.add_argument("--steps-vision", type=int, default=1800, help="updates of stage 1 (default %(default)s)")
-    p.add_argument("--steps-language", type=int, default=1000, help="updates of stage 2 (default %(default)s)")
-    p.add_argument("--faces", type=int, default=12000, help="training faces, 150 kB each (default %(default)s)")
-    p.add_argument("--steps-markup", type=int, default=1100, help="updates of stage 3 (default %(default)s)")
+    p.add_argument("--steps-vision", type=int, default=1800, help="updates of stage 1")
+    p.add_argument("--steps-language", type=int, default=1000, help="updates of stage 2")
+    p.add_argument("--faces", type=int, default=12000, help="training faces, 150 kB each")
+    p.add_argument("--steps-markup", type=int, default=1100, help="updates of stage 3")
     p.add_argument("--start", help="checkpoint to take stages 1 and 2 from; only stage 3 runs")
     p.add_argument("--work", help="folder to keep the faces and the trained tower in, for further runs")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--threads", type=int, default=2, help="torch threads (default %(default)s)")
-    p.add_argument("--workers", type=int, default=2, help="processes that draw faces (default %(default)s)")
+    p.add_argument("--threads", type=int, default=2, help="torch threads")
+    p.add_argument("--workers", type=int, default=2, help="processes that draw faces")
     p.add_argument("--compile", action="store_true", help="torch.compile both stages: faster, needs a C++ compiler")
     p.add_argument("--random", action="store_true", help="write tokenizer and small random weights only")
     return p.parse_args(argv)

@@ -21,7 +21,7 @@ from tag.args import Parser, check, run
 from tag.bench.output import print_table, write_json
 from tag.plan.fit import fits, most_micro_tokens, most_rows, needs, usable
 from tag.plan.hardware import GPUS, Efficiency, Gpu, gpu
-from tag.plan.memory import memory
+from tag.plan.memory import FRAGMENTATION, RESERVE, memory
 from tag.plan.run import STAGES, Run
 from tag.plan.shape import PUBLISHED, Shape, by_role, read_shape
 from tag.plan.work import evaluation_seconds, run_hours, stages, step_seconds
@@ -196,12 +196,21 @@ def show(found: dict, args: argparse.Namespace, card: Gpu, share: Efficiency) ->
             for name, work in found["work"].items()
         ]
     )
-    print(f"\na step, each GPU, {found['passes']} passes: {sum(found['seconds'].values()):.1f} s; ", end="")
+    print(f"\na step: {sum(found['seconds'].values()):.1f} s, passes on each GPU: {found['passes']}; ", end="")
     print(f"an evaluation {found['evaluation_seconds']:.1f} s")
     print(f"{found['steps']:,} steps: {found['hours']:.1f} hours, {found['gpu_hours']:.0f} GPU-hours")
     rates = f"{card.flops / 1e12:.0f} TFLOP/s x {share.compute:.2f}"
     rates += f", {card.bandwidth / 1e12:.2f} TB/s x {share.bandwidth:.2f}, links x {share.links:.2f}"
-    print(f"(not measured: {rates}; a lower bound in what it leaves out)")
+    print(f"not measured: {rates};")
+    print("  seconds are a lower bound: kernel starts, reading, rewards and waiting are left out")
+    print("exact: parameters. Memory: counted, within 10 % of what CPUs allocate (docs/planning.md), not yet")
+    print(f"  measured on a GPU; {RESERVE / GB:.1f} GB and {100 * FRAGMENTATION:.0f} % for CUDA and gaps are guesses")
+
+
+def _shorter(name: str, words: dict[str, str]) -> str:
+    for long, short in words.items():
+        name = name.replace(long, short)
+    return name
 
 
 def _gb(value: float | None) -> str:
@@ -236,7 +245,9 @@ def main(argv: list[str] | None = None) -> int:
     found: dict = {"gpu": asdict(card), "efficiency": asdict(share)}
     if args.table:
         found["table"] = table(args, card, share)
-        print_table(found["table"])
+        short = {"GPU-hours": "GPU-h", "recompute": "again", "hours": "h"}
+        print_table([{_shorter(name, short): v for name, v in line.items()} for line in found["table"]])
+        print("GB: of one GPU; again: activations recomputed; h: lower bounds, not measured (docs/planning.md)")
         fine = True
     else:
         found |= one(args, read_shape(args.model), card, share)

@@ -20,9 +20,7 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -30,20 +28,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from tag.args import Parser, UsageError, check, run
+from tag.args import Parser, check, run
 from tag.checkpoint import run_card
 from tag.data.records import read_records, write_records
 from tag.evaluation.metrics import compare_runs
 from tag.evaluation.predictions import read_predictions
-from tag.files import replacing
+from tag.files import replacing, write_json
 from tag.studies.components import MODELS, PAIRS, table
-from tag.studies.execute import end_with_me, run_stages
+from tag.studies.execute import end_with_me, run_script, run_stages
 from tag.studies.plan import PROFILES, Run, data_stages, run_folder, stages, study_runs
 from tag.studies.results import read_results
 from tag.studies.tables import PAPER_FILE, as_json, build_tables, by_pointing, markdown, read_paper
 from tag.synth.params import DOMAINS
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # train faces, held-out faces, test faces, SFT flags, GRPO flags. `quick` and `full` differ in length, not in kind: SFT
 # sees the traces of half of the faces, briefly; GRPO sees all faces and no traces.
@@ -89,17 +85,10 @@ def parse_args(argv=None):
 # ---- smoke, quick, full: one data set --------------------------------------------------------------------------------
 
 
-def stage(name: str, *command: object) -> float:
-    """Run one command of the project, echoed; returns its seconds. Raises UsageError if it fails."""
-    words = [str(w) for w in command]
-    print(f"\n== {name}\n$ python {shlex.join(words)}", flush=True)
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, *words], cwd=ROOT)
-    if done.returncode:
-        raise UsageError(
-            f"stage '{name}' failed with exit code {done.returncode}; run the command above to see it alone"
-        )
-    return time.perf_counter() - started
+def stage(name: str, script: str, *words: object) -> float:
+    """Run one script of the project, echoed; returns its seconds. Raises UsageError if it fails."""
+    print(f"\n== {name}\n$ python {shlex.join([script, *map(str, words)])}", flush=True)
+    return run_script(script, *words)
 
 
 def run_seed(args, profile: dict, data: Path, seed: int) -> dict:
@@ -136,8 +125,7 @@ def short_study(args) -> None:
     stage("faces", "tools/make_synth.py", "--out", data, "--train", train, "--val", val, "--test", test)
     runs = [run_seed(args, profile, data, seed) for seed in seeds]
     card = study_card(args, {"profile": args.profile, "seeds": seeds, "faces": profile["faces"]})
-    with replacing(args.out / "study.json") as f:
-        f.write(json.dumps(card | {"runs": runs}, indent=2) + "\n")
+    write_json(args.out / "study.json", card | {"runs": runs})
     text = table(runs)
     with replacing(args.out / "study.md") as f:
         f.write(text)
@@ -162,7 +150,7 @@ def paper_study(args) -> None:
 
     def finished(stage, took: float) -> None:
         seconds[stage.name] = round(seconds.get(stage.name, 0.0) + took, 1)
-        write_json(args.out / "stage_seconds.json", seconds)
+        write_json(args.out / "stage_seconds.json", seconds, 1)
         write_manifest(args.out, runs, seeds)
 
     logs = args.out / "logs"
@@ -181,7 +169,7 @@ def claim(out: Path, name: str, profile: dict) -> None:
     mine = {"name": name, "profile": profile}
     if path.is_file():
         check(json.loads(path.read_text()) == mine, f"{out} holds a study of another profile; choose another --out")
-    write_json(path, mine)
+    write_json(path, mine, 1)
 
 
 def join_domains(data: Path) -> None:
@@ -213,7 +201,7 @@ def write_manifest(out: Path, runs: list[Run], seeds: list[int]) -> None:
                 where = folder.relative_to(out).as_posix()
                 entry = {"run": r.name, "seed": seed, "folder": where}
                 entries.append(entry | {"evaluations": {t: f"{where}/eval-{t}" for t in done}})
-    write_json(out / "runs.json", entries)
+    write_json(out / "runs.json", entries, 1)
 
 
 def write_tables(args, manifest: Path, settings: dict) -> None:
@@ -223,7 +211,7 @@ def write_tables(args, manifest: Path, settings: dict) -> None:
     main = args.main or results.tests[0]
     card = study_card(args, settings) | {"figure_5": {"paper": paper.get("figure_5"), "ours": curves(results)}}
     card["tag_after_sft_by_pointing"] = by_pointing(results, "sft", f"tag-{main}", main)
-    write_json(args.out / "tables.json", card | {"tables": [as_json(t, paper) for t in tables]})
+    write_json(args.out / "tables.json", card | {"tables": [as_json(t, paper) for t in tables]}, 1)
     text = "\n".join(markdown(t, paper) for t in tables)
     with replacing(args.out / "tables.md") as f:
         f.write(text)
@@ -256,12 +244,6 @@ def read_seconds(out: Path) -> dict[str, float]:
     """Seconds of the stages that ran before, by name."""
     path = out / "stage_seconds.json"
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def write_json(path: Path, content: object) -> None:
-    """Whole or not at all."""
-    with replacing(path) as f:
-        f.write(json.dumps(content, indent=1) + "\n")
 
 
 def main() -> None:

@@ -1,6 +1,9 @@
 """Runs of the training scripts in forked processes, killed at will: importing torch and transformers takes seconds, and
 is done once for all of them.
 
+For tests, `tools/soak.py` and `tools/bench_checkpoint.py` alone: no script of a user imports this file. GRPO is paid by
+`reward_of_text` here, in the server's processes and nowhere else.
+
 The server (this file as a program) imports the scripts and waits for orders, one JSON a line; for each it forks the
 processes of one run as `torchrun` would start them. It never computes anything itself, so that forking stays safe.
 """

@@ -12,7 +12,7 @@ import torch
 
 from tag.bench.measure import hardware
 from tag.checkpoint import run_card
-from tag.files import replacing
+from tag.files import replacing, write_json
 from tag.linear import kernel
 
 COLOURS = {"sample": "#4c78a8", "score": "#72b7b2", "backward": "#f58518", "other": "#bab0ac"}
@@ -28,12 +28,6 @@ def card(tool: str, args: object, argv: Sequence[str] | None, device: torch.devi
             found["versions"][name] = None
     found["command"] = shlex.join(["python", tool, *(sys.argv[1:] if argv is None else argv)])
     return found | {"hardware": hardware(device), "float32_products": kernel(device)}
-
-
-def write_json(path: str | Path, content: dict) -> None:
-    """One result; appears whole or not at all."""
-    with replacing(path) as f:
-        f.write(json.dumps(content, indent=2) + "\n")
 
 
 def print_table(rows: Sequence[dict]) -> None:

@@ -107,6 +107,15 @@ class Faces:
         self.wait_seconds += time.perf_counter() - started
         return chosen
 
+    def batch(self, indices: Sequence[int], ahead: Sequence[int] = ()) -> tuple[list[int], Tensor, float]:
+        """The faces of a step: `readable` indices, their `tower` states, and the seconds that the loop has waited for
+        images. Those of `ahead`, the next step's, are prepared meanwhile."""
+        waited = self.wait_seconds
+        chosen = self.readable(indices)
+        tower = self.tower(chosen)
+        self.prefetch(ahead)
+        return chosen, tower, self.wait_seconds - waited
+
     def _can_read(self, index: int) -> bool:
         if index not in self.bad and index not in self.cache and index not in self.pixels:
             try:

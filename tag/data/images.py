@@ -2,6 +2,7 @@
 
 import io
 import os
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,12 +22,24 @@ def inside(root: str | os.PathLike, name: str) -> Path | None:
 
     Raises OSError or ValueError for what is no path at all: a name too long, a null byte, a loop of links.
     """
-    root = Path(root).resolve()
+    try:
+        root = _resolved(os.path.abspath(root))
+    except FileNotFoundError:  # not there (yet): nothing to remember
+        root = Path(root).resolve()
     try:
         path = (root / name).resolve()
     except RuntimeError as e:  # what Python before 3.13 makes of a loop
         raise OSError(str(e)) from None
     return path if path.is_relative_to(root) else None
+
+
+@lru_cache(maxsize=64)
+def _resolved(root: str) -> Path:
+    """An existing folder's path, links followed, once a process: half of what a look at an image's path costs.
+
+    A root that is swapped for a link later stays what it was, so no path gets out of it that way.
+    """
+    return Path(root).resolve(strict=True)
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:

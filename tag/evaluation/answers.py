@@ -23,7 +23,12 @@ from tag.dist import Dist
 from tag.errors import DataError, MissingImage, UsageError
 from tag.evaluation.predictions import Prediction, from_line, read_predictions, to_line, write_predictions
 
-MISSING = ("error", "wrong", "skip")  # what to do with a face that cannot be asked about
+# What to do with faces that cannot be asked about, and what the others are told of them.
+MISSING = {
+    "error": "stop the evaluation",
+    "wrong": "could not be asked about and count as wrong",
+    "skip": "are left out",
+}
 DECODE_THREADS = 4
 
 
@@ -133,17 +138,19 @@ class AnswerBook:
             found = {p.id: p for p in read_predictions(path)}
         for path in sorted(self.folder.glob("rank-*.jsonl")):
             for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-                if _is_json(line):  # else torn by a kill: its face is asked again
-                    prediction = from_line(line.decode(), f"{path}:{number}")
+                if (text := _whole(line)) is not None:
+                    prediction = from_line(text, f"{path}:{number}")
                     found[prediction.id] = prediction
         if others := found.keys() - {record.id for record in self.records}:
             raise UsageError(f"{self.out} holds answers about other faces ({min(others)[:60]!r}); choose another --out")
         return list(found.values())
 
 
-def _is_json(line: bytes) -> bool:
+def _whole(line: bytes) -> str | None:
+    """The line as text; None for one torn by a kill, whose face is asked again."""
     try:
-        json.loads(line)
+        text = line.decode("utf-8")
+        json.loads(text)
     except (ValueError, RecursionError):
-        return False
-    return True
+        return None
+    return text

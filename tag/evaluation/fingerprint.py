@@ -87,14 +87,12 @@ def claim(out: str | os.PathLike, mine: Mapping[str, Any]) -> None:
             raise UsageError(f"{out} is not empty and holds no run of ours; choose another --out")
         return
     theirs = read_fingerprint(out)
-    changed = [
-        key for key in {**_leaves(mine), **_leaves(theirs)} if _leaves(theirs).get(key) != _leaves(mine).get(key)
-    ]
+    was, now = _leaves(theirs), _leaves(mine)
+    changed = [key for key in {**now, **was} if was.get(key, "not there") != now.get(key, "not there")]
     if changed:
-        key = changed[0]
-        was, now = _leaves(theirs).get(key), _leaves(mine).get(key)
+        theirs, mine = (str(leaves.get(changed[0]))[:80] for leaves in (was, now))
         raise UsageError(
-            f"{out} holds another evaluation: its {key} is {str(was)[:80]}, this one's is {str(now)[:80]}; "
+            f"{out} holds another evaluation: its {changed[0][:80]} is {theirs}, this one's is {mine}; "
             "repeat its command to go on with it, or choose another --out"
         )
 
@@ -105,10 +103,10 @@ def read_fingerprint(out: str | os.PathLike) -> dict[str, Any]:
     try:
         raw = json.loads(card.read_text(encoding="utf-8"))
         script = raw["script"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UsageError(f"{card} cannot be read; choose another folder") from None
     if script != SCRIPT:
-        raise UsageError(f"{out} holds a run of {script}; choose another folder")
+        raise UsageError(f"{out} holds a run of {' '.join(str(script).split())[:60]}; choose another folder")
     if not isinstance(raw.get("fingerprint"), dict):
         raise UsageError(f"{out} holds an evaluation without a fingerprint, made by an older version; evaluate again")
     return raw["fingerprint"]

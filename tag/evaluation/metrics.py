@@ -209,8 +209,7 @@ def markdown_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     ]
     for name, m in rows:
         cells = [
-            # Names come from folders and flags: neither a pipe nor a newline may break the table.
-            " ".join(name.split()).replace("\\", "\\\\").replace("|", "\\|"),
+            table_cell(name),
             str(m["n"]),
             _with_interval(m["accuracy"], m["accuracy_ci"], 100, 1),
             _number(m["accuracy_lenient"], 100, 1),
@@ -224,6 +223,11 @@ def markdown_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def table_cell(text: str) -> str:
+    """A name, from a folder or flag: neither a pipe nor a line break of its own takes it out of its cell."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
 
 
 def write_metrics(path: str | os.PathLike, metrics: Mapping[str, Any]) -> None:

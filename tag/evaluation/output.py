@@ -10,14 +10,8 @@ from tag.data.images import load_image
 from tag.dist import Dist
 from tag.evaluation.answers import Face
 from tag.evaluation.predictions import Prediction
-from tag.files import replacing
+from tag.files import write_json
 from tag.report.eval_page import write_eval_page
-
-
-def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
-    """Write indented JSON beside `path` and rename over it."""
-    with replacing(path) as f:
-        f.write(json.dumps(content, indent=2) + "\n")
 
 
 def same_json(path: str | os.PathLike, content: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from tag.files import replacing
 from tag.labels import CLASS_INDEX
 from tag.lenient import lenient_boxes, lenient_label
 from tag.rewards import au_f1, au_reward
-from tag.trace import RULES, named_aus, parse
+from tag.trace import RULES, Trace, named_aus, parse
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,12 @@ class Prediction:
 
 
 def make_prediction(record: Record, text: str, num_tokens: int | None = None, **more: Any) -> Prediction:
-    """Read a completion on a face; `more`: other fields of Prediction. Never raises on model text.
-
-    Strictly, a text with two answer blocks has no answer, whatever they say.
-    """
+    """Read a completion on a face; `more`: other fields of Prediction. Never raises on model text."""
     trace = parse(text)
     return Prediction(
         id=record.id,
         label=record.label,
-        answer=None if "answer_repeated" in trace.broken else trace.answer,
+        answer=strict_answer(trace),
         answer_lenient=lenient_label(text),
         text=text,
         boxes=trace.boxes,
@@ -97,6 +94,11 @@ def make_prediction(record: Record, text: str, num_tokens: int | None = None, **
         boxes_lenient=lenient_boxes(text),
         **more,
     )
+
+
+def strict_answer(trace: Trace) -> str | None:
+    """The class that counts as answered. A text with two answer blocks has none, whatever they say."""
+    return None if "answer_repeated" in trace.broken else trace.answer
 
 
 def to_line(prediction: Prediction) -> str:
@@ -158,7 +160,8 @@ def write_predictions(path: str | os.PathLike, predictions: Iterable[Prediction]
 
 
 def read_predictions(path: str | os.PathLike) -> list[Prediction]:
-    """All predictions of a JSONL file. Raises DataError (file:line: field) on the first bad or repeated one."""
+    """All predictions of a JSONL file. Raises DataError (file:line: field) on the first bad or repeated one, and on one
+    whose text says another answer by the rules of today: two evaluations compare only if both are read alike."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such predictions file")
@@ -170,6 +173,11 @@ def read_predictions(path: str | os.PathLike) -> list[Prediction]:
             prediction = from_line(line, f"{path}:{number}")
             if prediction.id in predictions:
                 raise DataError(f"{path}:{number}: field 'id': {prediction.id[:60]!r} occurs twice")
+            if prediction.text and strict_answer(parse(prediction.text)) != prediction.answer:
+                raise DataError(
+                    f"{path}:{number}: field 'answer': {prediction.answer} is not what the text says by today's rules; "
+                    "an evaluation of an older version? evaluate anew"
+                )
             predictions[prediction.id] = prediction
     if not predictions:
         raise DataError(f"{path}: no predictions")

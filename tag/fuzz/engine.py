@@ -74,6 +74,7 @@ def check(name: str, data: bytes, limit: float) -> tuple[Hashable, float, str]:
     except Exception as e:
         where = traceback.extract_tb(e.__traceback__)[-1]
         wrong = f"{type(e).__name__}: {str(e)[:200]} ({Path(where.filename).name}:{where.lineno}: {where.line})"
+        wrong = wrong.encode("utf-8", "backslashreplace").decode()  # it is printed
     seconds = time.thread_time() - start
     if not wrong and seconds > limit:
         wrong = f"took {seconds:.2f} s of CPU for {len(data)} bytes"

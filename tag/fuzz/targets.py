@@ -5,13 +5,8 @@ which message was given): an input with a new behaviour joins the corpus. It fai
 property that does not hold, anything else for a crash. `DataError` and `Malformed` are answers, not crashes.
 """
 
-import os
-import re
-import tempfile
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
 from html.parser import HTMLParser
-from pathlib import Path
 
 from tag.au.openface import read_openface
 from tag.boxes import CANVAS_SIZE, Box, Canvas, clip_to_canvas, is_valid
@@ -20,6 +15,8 @@ from tag.data.records import AU, MAX_LINE, Record, from_line, numbered_lines, re
 from tag.datagen.answer import Malformed, read_answer, read_verdict
 from tag.errors import DataError
 from tag.evaluation import predictions
+from tag.fuzz.evaluation import EVALUATION
+from tag.fuzz.inputs import Target, check_message, file_of, folder, text_of
 from tag.fuzz.seeds import RECORDS, TOKENS, seeds
 from tag.labels import CLASS_INDEX, CLASSES
 from tag.lenient import lenient_boxes, lenient_label
@@ -37,24 +34,13 @@ from tag.trace import (
 )
 
 MAX_REWARD = 2.1  # 1 for the boxes, 1 for the answer, 0.1 for the format
-MAX_MESSAGE = 600  # characters of an error that is one line
 AUDIT_CHARS = 4096  # the audit compares all boxes of a completion; one of 512 tokens has some 2,000 characters
 ROUNDING = 1e-9
 
 
-@dataclass(frozen=True)
-class Target:
-    """A function to fuzz, texts to start from, and words that inputs are made of."""
-
-    run: Callable[[bytes], Hashable]
-    seeds: list[bytes] = field(default_factory=list)
-    tokens: list[bytes] = field(default_factory=list)
-    max_bytes: int = 1 << 16
-
-
 def trace(data: bytes) -> Hashable:
     """Completions: the parser never raises, what it returns is consistent, rewards stay in their ranges."""
-    text = _text(data)
+    text = text_of(data)
     record = RECORDS[len(data) % len(RECORDS)]
     found = parse(text)
     _check_trace(found)
@@ -132,11 +118,11 @@ def _same_again(found, write: Callable, read: Callable) -> Hashable:
     line = write(found)
     assert "\n" not in line and read(line) == found
     if isinstance(found, Record):
-        root = Path(_folder()).resolve()
+        root = folder().resolve()
         try:
             assert resolve_image(found, root).is_relative_to(root)
         except DataError as e:
-            _check_message(e)
+            check_message(e)
         assert all(is_valid(a.box) and 0 <= a.score <= 1 for a in found.aus) and len(found.candidate_aus) <= len(
             found.aus
         )
@@ -145,7 +131,7 @@ def _same_again(found, write: Callable, read: Callable) -> Hashable:
 
 
 def _lines(data: bytes, read: Callable[[str], Hashable]) -> Hashable:
-    path = _file(data)
+    path = file_of(data)
     seen: list[Hashable] = []
     try:
         for _, line in numbered_lines(path):
@@ -153,19 +139,19 @@ def _lines(data: bytes, read: Callable[[str], Hashable]) -> Hashable:
             try:
                 seen.append(read(line))
             except DataError as e:
-                seen.append(_check_message(e))
+                seen.append(check_message(e))
     except DataError as e:
-        seen.append(_check_message(e))
+        seen.append(check_message(e))
     return tuple(seen[:3])
 
 
 def labels(data: bytes) -> Hashable:
     """Tables of labels: rows within the seven classes, paths without a null byte, or one line that says what."""
-    path = _file(data)
+    path = file_of(data)
     try:
         rows, repeated = drop_repeats(read_labels(path))
     except DataError as e:
-        return _check_message(e)
+        return check_message(e)
     assert rows and all(row.label is None or row.label in CLASS_INDEX for row in rows)
     assert all(row.image and "\0" not in row.image for row in rows)
     assert len({row.image for row in rows}) == len(rows)
@@ -175,16 +161,16 @@ def labels(data: bytes) -> Hashable:
 def openface(data: bytes) -> Hashable:
     """Results of OpenFace."""
     try:
-        faces = read_openface(_file(data))
+        faces = read_openface(file_of(data))
     except DataError as e:
-        return _check_message(e)
+        return check_message(e)
     assert all(face.active <= face.known and all(0 <= v <= 1 for v in face.scores.values()) for face in faces)
     return len(faces[:3]), bool(faces and faces[0].active)
 
 
 def answer(data: bytes) -> Hashable:
     """Answers of the models that write traces: a well-formed trace with the face's own boxes, or a named rule."""
-    text, candidates = _text(data), RECORDS[len(data) % len(RECORDS)].candidate_aus
+    text, candidates = text_of(data), RECORDS[len(data) % len(RECORDS)].candidate_aus
     try:
         read_verdict(text)
         verdict = "verdict"
@@ -218,7 +204,7 @@ def canvas(data: bytes) -> Hashable:
 
 def page(data: bytes) -> Hashable:
     """A completion as HTML: its own text comes out, as text, and nothing but our own tags."""
-    text = _text(data)
+    text = text_of(data)
     record = RECORDS[len(data) % len(RECORDS)]
     found = parse(text)
     reader = _Tags()
@@ -241,44 +227,11 @@ class _Tags(HTMLParser):
         self.attributes.update(name for name, _ in attrs)
 
 
-def _check_message(error: DataError) -> str:
-    """An error is one line of bounded length; its behaviour is its text without what differs between inputs."""
-    message = str(error)
-    assert "\n" not in message and len(message) <= MAX_MESSAGE + len(str(_FILE)) * 2, message[:200]
-    return re.sub(r"'.*'|\"[^\"]*\"|\d+|\(.*\)", "", message)[-60:]
-
-
-def _text(data: bytes) -> str:
-    """As a tokenizer decodes (replacement characters), or for one length in four as JSON can (lone surrogates)."""
-    return data.decode("utf-8", "replace" if len(data) % 4 else "surrogateescape")
-
-
 def _box(numbers) -> Box:
     """A valid box from six bytes."""
     x1, y1 = (next(numbers, 0) * 2 % (CANVAS_SIZE - 1) for _ in range(2))
     width, height = (1 + (next(numbers, 0) << 1) for _ in range(2))
     return x1, y1, min(x1 + width, CANVAS_SIZE - 1), min(y1 + height, CANVAS_SIZE - 1)
-
-
-_FOLDER: tempfile.TemporaryDirectory | None = None
-_FILE = ""
-
-
-def _folder() -> str:
-    """A folder of this process, in memory where there is such a place."""
-    global _FOLDER, _FILE
-    if _FOLDER is None or str(os.getpid()) not in _FOLDER.name:
-        shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        _FOLDER = tempfile.TemporaryDirectory(prefix=f"fuzz-{os.getpid()}-", dir=shared)
-        _FILE = os.path.join(_FOLDER.name, "input")
-    return _FOLDER.name
-
-
-def _file(data: bytes) -> str:
-    _folder()
-    with open(_FILE, "wb") as f:
-        f.write(data)
-    return _FILE
 
 
 TARGETS = {
@@ -294,4 +247,4 @@ TARGETS = {
         "canvas": canvas,
         "page": page,
     }.items()
-}
+} | EVALUATION

@@ -35,6 +35,8 @@ def weights(shape: Shape, run: Run) -> Items:
         held["projectors kept"] = 2 * shape.projector * run.item
         if run.reference == "sft":
             held["reference adapter"] = lora
+    if run.saves:  # of tag/saving.py: what is trained and its moments
+        held["checkpoint's copy"] = 3 * trained * FLOAT32
     return held | {"optimizer": 2 * trained * FLOAT32}
 
 

@@ -33,6 +33,7 @@ class Run:
     evaluates: bool = True  # SFT samples too, for held-out faces: from then on it holds the rollout engine
     flash: bool = False  # flash-attn is there: no padding, keys not repeated
     gpu: bool = True
+    saves: bool = False  # the copies that checkpoints are written from count: they are in the memory of a CPU
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:

@@ -10,6 +10,7 @@ import torch
 from tag.attention import flash_attn_varlen_func
 from tag.dist import Dist
 from tag.errors import DataError, UsageError
+from tag.passes import reduced
 from tag.plan.fit import usable
 from tag.plan.memory import Items, memory, peak
 from tag.plan.run import Run
@@ -22,8 +23,9 @@ LONGER = 1.32  # the longest completion is about so much longer than the average
 
 
 def run_of(args: argparse.Namespace, stage: str, here: Dist, faces: int) -> Run:
-    """The arguments of a training script as a plan."""
+    """The arguments of a training script as a plan. Passes are those of a run that has had to make them smaller."""
     gpu, grpo = here.device.type == "cuda", stage == "grpo"
+    micro_tokens, split = reduced(args.out, args.micro_tokens)
     return Run(
         stage,
         ranks=here.world,
@@ -35,9 +37,9 @@ def run_of(args: argparse.Namespace, stage: str, here: Dist, faces: int) -> Run:
         train_projector=args.train_projector if grpo else not args.freeze_projector,
         reference=args.kl_reference if grpo else "none",
         checkpointing=args.activation_checkpointing,
-        micro_tokens=args.micro_tokens,
+        micro_tokens=micro_tokens,
         sequences=args.rollouts_per_step if grpo else args.batch_size,
-        group=args.group_size if grpo and not args.no_prefix_sharing else 1,
+        group=args.group_size if grpo and not (args.no_prefix_sharing or split) else 1,
         completion=max(1, round(args.max_new_tokens / LONGER)),
         longest=args.max_new_tokens,
         rows=args.rollout_rows,
@@ -47,6 +49,7 @@ def run_of(args: argparse.Namespace, stage: str, here: Dist, faces: int) -> Run:
         evaluates=args.eval_faces > 0,
         flash=gpu and args.dtype == "bfloat16" and flash_attn_varlen_func is not None,
         gpu=gpu,
+        saves=not gpu,
     )
 
 
@@ -72,15 +75,16 @@ def largest_items(items: Items, count: int = 4) -> str:
 def check_memory(args: argparse.Namespace, stage: str, here: Dist, faces: int) -> None:
     """Print what the run of a training script (stage: sft or grpo) will take, a line or two.
 
-    Raises UsageError when that is more than this GPU (or machine) has free, unless --no-memory-check. A model whose
-    dimensions are not known yet, because it has to be downloaded first, is not estimated, and the line says so.
+    Raises UsageError when that is more than this GPU (or machine) has free, unless --no-memory-check: on all ranks, for
+    they go by the one that has least. A model whose dimensions are not known yet, because it has to be downloaded
+    first, is not estimated, and the line says so.
     """
     try:
         shape = read_shape(args.model)
     except DataError:
         here.print(f"memory: no estimate, the dimensions of {args.model} are not known before it is loaded")
         return
-    run, free = run_of(args, stage, here, faces), available(here.device)
+    run, free = run_of(args, stage, here, faces), int(-here.max(-available(here.device)))
     try:
         stages = memory(shape, run, free)
     except ValueError:  # no room is left for a KV cache, or --kv-gb is too little, which the engine will refuse
@@ -95,5 +99,6 @@ def check_memory(args: argparse.Namespace, stage: str, here: Dist, faces: int) -
         raise UsageError(
             f"this run needs about {nbytes / GB:.1f} GB a process (in {name}: {largest_items(stages[name], 2)}) and "
             f"{limit / GB:.1f} GB are free: lower --micro-tokens or --rollout-rows, --activation-checkpointing, more "
-            "GPUs; or --no-memory-check to try all the same"
+            "GPUs; or --no-memory-check to try all the same",
+            everywhere=True,
         )

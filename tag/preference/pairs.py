@@ -39,7 +39,11 @@ def response_hash(text: str) -> str:
 
 
 def shown_text(text: str) -> str:
-    """A response as judges see it: cut at `MAX_SHOWN` characters, which is said, and never blank."""
+    """A response as judges and people see it: cut at `MAX_SHOWN` characters, which is said, and never blank.
+
+    Lone surrogates, which a server's JSON can bring and nothing can send or save, become `?`.
+    """
+    text = text.encode("utf-8", "replace").decode("utf-8")
     if not text.strip():
         return EMPTY
     rest = len(text) - MAX_SHOWN

@@ -18,7 +18,7 @@ from tag.preference.study import CHOICES, Study, checksum
 FORMAT = "tag preference result 1"
 MAX_BYTES = 4 << 20
 MAX_SECONDS = 1 << 20
-TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")  # JavaScript's toISOString
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)  # JavaScript's toISOString
 RATER = re.compile(r"[A-Za-z0-9._-]{1,40}")
 
 
@@ -61,7 +61,7 @@ def read_result(path: str, study: Study) -> Result:
         raise DataError(f"{path}: of set {number}, which this study does not have")
     expected = [item.token for item in study.sets[number]]
     if [a["pair"] for a in answers] != expected or not hmac.compare_digest(
-        raw["seal"].encode(), study.seal(number).encode()
+        raw["seal"].encode("utf-8", "surrogatepass"), study.seal(number).encode()
     ):
         raise DataError(
             f"{path}: tampered with or damaged: its pairs, their order or its seal are not those of set {number}"

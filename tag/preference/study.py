@@ -109,10 +109,12 @@ def read_key(path: str | os.PathLike) -> Study:
             for s in raw["sets"]
         }
         study = Study(str(raw["study"]), str(raw["secret"]), (str(raw["models"][0]), str(raw["models"][1])), sets)
+        if study.models[0] == study.models[1]:
+            raise ValueError
         seals = {int(s["set"]): s["seal"] for s in raw["sets"]}
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror or e})") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         raise DataError(f"{path}: not the key.json of a preference study") from None
     if not sets or any(study.seal(number) != seals[number] for number in sets):
         raise DataError(f"{path}: changed since the study was built (the seals do not fit its pairs)")
@@ -120,4 +122,5 @@ def read_key(path: str | os.PathLike) -> Study:
 
 
 def _hmac(secret: str, text: str) -> str:
-    return hmac.new(secret.encode(), text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+    secret_bytes, text_bytes = (v.encode("utf-8", "surrogatepass") for v in (secret, text))
+    return hmac.new(secret_bytes, text_bytes, hashlib.sha256).hexdigest()

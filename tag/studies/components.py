@@ -28,7 +28,7 @@ def table(runs: list[dict]) -> str:
             cells.append(text)
         lines.append(f"| {model} | {' | '.join(cells)} |")
     note = "± standard deviation over seeds" if len(runs) > 1 else "[95 % bootstrap interval over test faces]"
-    lines += ["", f"{len(runs)} seed(s), {note}; accuracy counts only answers in the right format.", ""]
+    lines += ["", f"{len(runs)} seed(s), {note}; accuracy is strict: only a class in the one answer block counts.", ""]
     lines += [
         "| difference, paired by face | accuracy, points | McNemar's p | AU IoU, points |",
         "| --- | --- | --- | --- |",

@@ -74,6 +74,20 @@ def run_stages(
         )
 
 
+def run_script(script: str, *words: object, quiet: bool = False) -> float:
+    """Run a script of the project ("tools/split.py") as its user would, in this folder; its seconds.
+
+    quiet: what it prints is kept back. Raises UsageError, with its last words when quiet, if it fails.
+    """
+    started = time.perf_counter()
+    kept = {"capture_output": True, "text": True, "errors": "replace"} if quiet else {}
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], **kept)
+    if done.returncode:
+        said = " ".join(done.stderr.split())[-300:] if quiet else "what it said stands above"
+        raise UsageError(f"{script} ended with exit code {done.returncode}: {said}")
+    return time.perf_counter() - started
+
+
 def end_with_me() -> None:
     """Let a SIGTERM of this process end like Ctrl-C, so that `run_stages` takes its processes along."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -33,7 +33,7 @@ class Profile:
 
 
 PROFILES = {
-    # 3 seeds, about 100 minutes of processor time: 50 minutes on two free cores.
+    # 3 seeds: 126 minutes measured on two cores with other work, two stages at a time (docs/results.md).
     "paper": Profile(
         faces=(1200, 128, 500),
         seeds=(0, 1, 2),
@@ -41,7 +41,7 @@ PROFILES = {
         grpo=("--max-steps", "60", "--eval-every", "10", "--eval-faces", "128"),
         rl_only=("--max-steps", "20", "--eval-every", "10", "--eval-faces", "64"),
     ),
-    # One seed, about a quarter of that.
+    # One seed, fewer faces and steps: less than a quarter of that.
     "paper-quick": Profile(
         faces=(800, 64, 300),
         seeds=(0,),

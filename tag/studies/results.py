@@ -10,6 +10,7 @@ folder of train_grpo.py, for Figure 5; evaluations: test set -> --out of eval.py
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ def read_results(manifest: str | os.PathLike) -> Results:
     path = Path(manifest)
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise DataError(f"{path}: cannot be read as JSON ({e})") from None
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: expected a list of runs, each {{run, seed, folder, evaluations}}")
@@ -74,7 +75,8 @@ def read_results(manifest: str | os.PathLike) -> Results:
             raise DataError(f"{path}, run {number}: {run!r} with seed {seed} occurs twice")
         seen.add((run, seed))
         for test, where in evaluations.items():
-            predictions = sorted(read_predictions(path.parent / where / "predictions.jsonl"), key=lambda p: p.id)
+            file = _usable(path, where, number) / "predictions.jsonl"
+            predictions = sorted(read_predictions(file), key=lambda p: p.id)
             faces = [(p.id, p.label, p.au_boxes) for p in predictions]
             if truth.setdefault(test, faces) != faces:
                 raise DataError(
@@ -82,8 +84,7 @@ def read_results(manifest: str | os.PathLike) -> Results:
                     "before it; evaluate all runs on one file"
                 )
             results.answers.setdefault((run, test), {})[seed] = predictions
-        curve = path.parent / folder / "metrics.jsonl" if folder else None
-        if curve and curve.is_file():
+        if folder and (curve := _usable(path, folder, number) / "metrics.jsonl").is_file():
             results.curves[run, seed] = read_curve(curve)
     return results
 
@@ -91,20 +92,39 @@ def read_results(manifest: str | os.PathLike) -> Results:
 def read_curve(path: str | os.PathLike) -> list[dict]:
     """The lines of a metrics.jsonl. Raises DataError for a line that is no JSON object with a step."""
     lines = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             found = json.loads(line)
-            found["step"] + 0
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path}:{number}: not a line of metrics") from None
+            whole = type(found["step"]) is int
+        except (ValueError, KeyError, TypeError, RecursionError):
+            whole = False
+        if not whole:
+            raise DataError(f"{path}:{number}: not a line of metrics")
         lines.append(found)
     return lines
 
 
 def curve_of(lines: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
-    """(steps done, values) of one metric of `read_curve`, where it was logged."""
-    points = [(line["step"] + 1, line[name]) for line in lines if isinstance(line.get(name), int | float)]
+    """(steps done, values) of one metric of `read_curve`, where it was logged and is finite."""
+    points = [(line["step"] + 1, line[name]) for line in lines if _is_finite(line.get(name))]
     return [s for s, _ in points], [float(v) for _, v in points]
+
+
+def _usable(manifest: Path, folder: str, number: int) -> Path:
+    """A folder that the manifest names. Raises DataError if there is none."""
+    path = manifest.parent / folder
+    try:
+        there = path.is_dir()
+    except (OSError, ValueError):  # too long, or with lone surrogates
+        there = False
+    if not there:
+        raise DataError(f"{manifest}, run {number}: there is no folder {folder[:100]!r}")
+    return path
+
+
+def _is_finite(value: object) -> bool:
+    """Whether this is a number that can be drawn."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _entry(entry: object, where: str) -> tuple[str, int, str | None, dict[str, str]]:

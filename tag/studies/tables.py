@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tag.errors import DataError
+from tag.evaluation.metrics import table_cell
 from tag.studies.intervals import Estimate, estimate
 from tag.studies.results import Results
 
@@ -182,7 +183,7 @@ def read_paper(path: str | os.PathLike = PAPER_FILE) -> dict:
                 for metrics in sets.values():
                     for value in metrics.values():
                         float(value)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise DataError(f"{path}: not a file of the paper's figures ({type(e).__name__}: {e})") from None
     return paper
 
@@ -218,7 +219,7 @@ def markdown(table: Table, paper: dict) -> str:
     for i, row in enumerate(table.rows):
         ours = [show(table.cells[i, t, m], m) for t, m in columns]
         beside = [number_or_empty(figures[i, t, m]) for t, m in theirs] or [""]
-        lines.append(f"| {clean(row.title)} | {' | '.join(ours + beside)} |")
+        lines.append(f"| {table_cell(row.title)} | {' | '.join(ours + beside)} |")
     return "\n".join([*lines, "", *difference_lines(table, many)]) + "\n"
 
 
@@ -232,7 +233,7 @@ def difference_lines(table: Table, many: bool) -> list[str]:
         for test in table.tests:
             found = [table.differences[a, b, test, m] for m in compared]
             if any(found):
-                name = f"{clean(table.rows[b].title)} less {clean(table.rows[a].title)}"
+                name = f"{table_cell(table.rows[b].title)} less {table_cell(table.rows[a].title)}"
                 cells = " | ".join(show(f, m, True) for f, m in zip(found, compared))
                 lines.append(f"| {name}{f' | {test}' if many else ''} | {cells} |")
     return lines
@@ -251,11 +252,6 @@ def show(found: Estimate | None, metric: str, signed: bool = False) -> str:
 def number_or_empty(value: float | None) -> str:
     """A figure of the paper, or nothing."""
     return "" if value is None else f"{value:g}"
-
-
-def clean(text: str) -> str:
-    """A name for a cell: neither a pipe nor a line break."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
 
 
 def as_json(table: Table, paper: dict) -> dict:

@@ -15,7 +15,9 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 
-torchrun --standalone --nproc-per-node "${GPUS:-4}" "$root/train_sft.py" \
+# torchrun forwards these signals, and then waits so long for a step to be finished and saved (docs/reliability.md).
+torchrun --standalone --nproc-per-node "${GPUS:-4}" \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 120 "$root/train_sft.py" \
     --model "${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}" \
     --data "${DATA:?is not set: the folder with train.jsonl and val.jsonl (see the head of this script)}" \
     --image-root "${IMAGE_ROOT:?is not set: the folder that the image paths of the records start from}" \
