@@ -91,7 +91,7 @@ def one_step(args, folder: Path, here: dist.Dist, side: str) -> dict[str, float]
         if script is train_grpo:
             add_lora(vlm.hf_model, args.lora_rank, 2.0 * args.lora_rank, 0.0)
             save_adapter(vlm.hf_model, Path(out) / "adapter")
-            vlm.eos_id, vlm.hf_model.generation_config.eos_token_id = -1, None  # no completion ends by itself
+            vlm.eos_id = -1  # no completion ends by itself
             flags |= {"adapter": Path(out) / "adapter", "group-size": args.group_size, "max-steps": 2}
             flags |= {"rollouts-per-step": args.rollouts, "rollout-rows": args.rollouts, "record-every": 0}
             flags |= {"max-new-tokens": args.max_new_tokens}
