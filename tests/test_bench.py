@@ -264,8 +264,10 @@ def test_bench_switches(tmp_path, stage):
     for line in found["sides"]:
         step = steps[line["side"]]
         assert line["costs"] == pytest.approx(step["total"] / base["total"] - 1) and step["total"] > 0
-        if line["side"] not in ("beta 0", "rollout-backend hf"):  # another loss, other random numbers
-            assert step["grad_norm"] == pytest.approx(base["grad_norm"], rel=1e-3), line["side"]
+        if line["side"] != "beta 0":  # another loss
+            assert step["grad_norm"] > 1e-3 and step["grad_norm"] == pytest.approx(base["grad_norm"], rel=1e-3), line[
+                "side"
+            ]
     if stage == "grpo":
         assert steps["beta 0"]["reference_seconds"] < 0.2 * base["reference_seconds"]
     else:

@@ -354,3 +354,19 @@ def test_help_shows_defaults_where_there_are_any():
     p.add_argument("--title", default="x", help="of it (default: the file's)")
     text = p.format_help()
     assert re.findall(r"\(default.*\)", text) == ["(default: 0)", "(default: the file's)"]
+
+
+@pytest.mark.slow
+def test_runs_are_the_same_at_any_number_of_workers_and_after_resuming(call, work, flags):
+    """Bit by bit: the adapters and all metrics but the clock's."""
+    same = {"eval_faces": 0, "epochs": 2}
+    for name, changed in (("none", {"workers": 0}), ("two", {"workers": 2})):
+        assert call("train_sft", flags("train_sft", **same, **changed, out=work / name))[0] == 0
+    cut = {**same, "out": work / "cut", "token_cache": work / "shared", "workers": 1}
+    assert call("train_sft", flags("train_sft", **cut, stop_after=3))[0] == 0
+    for file in (work / "shared").iterdir():
+        file.unlink()
+    assert call("train_sft", flags("train_sft", **cut))[0] == 0
+    assert not (work / "cut" / "tokens").exists() and tree(work / "shared") == tree(work / "none" / "tokens")
+    assert metrics(work / "none") == metrics(work / "two") == metrics(work / "cut")
+    assert result(work / "none") == result(work / "two") == result(work / "cut")

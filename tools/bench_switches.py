@@ -8,7 +8,8 @@
 train_grpo.py or train_sft.py, as it is, on the model that ships with the package: a warm-up step, then one that is
 measured, with every face seen before (a step after the first epoch). Each round runs all sides one after the other, so
 that whatever else the machine does meets all of them; all start from the same weights, seeds and faces, so they compute
-the same step up to rounding (at `--beta 0`, another loss). Every completion of GRPO is --max-new-tokens long.
+the same step up to rounding (at `--beta 0`, another loss). Every completion of GRPO is --max-new-tokens long and
+earns by the letters of its text: the untrained model would earn nothing, and have no gradient.
 
 A side's `costs` is the median over rounds of its step's time over that of the side without any switch in the same
 round, less one: what switching the optimisation off adds to a step, as a share of the step. `cpu` is the same in
@@ -17,11 +18,12 @@ processor time. Negative at `--beta 0`, where a step leaves the reference pass o
 
 import argparse
 import gc
+import io
 import json
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,8 +35,9 @@ import train_sft
 from tag import dist
 from tag.args import check
 from tag.bench.flags import bench_parser, run_bench, with_sizes
+from tag.bench.forks import reward_of_text
 from tag.bench.measure import median
-from tag.bench.our_side import OUR_PARTS, StepClock, run_script
+from tag.bench.our_side import OUR_PARTS, StepClock, replaced, run_script
 from tag.bench.output import card, print_table, write_json
 from tag.bench.workload import bench_vlm
 from tag.data.records import write_records
@@ -89,6 +92,7 @@ def one_step(args, folder: Path, here: dist.Dist, side: str) -> dict[str, float]
         flags = {"data": folder, "out": Path(out) / "run", "dtype": args.dtype, "eval-faces": 0, "save-every": 0}
         flags |= {"keep-checkpoints": 1, "workers": 0 if here.device.type == "cpu" else 2}
         if script is train_grpo:
+            torch.manual_seed(0)  # the same adapter on all sides
             add_lora(vlm.hf_model, args.lora_rank, 2.0 * args.lora_rank, 0.0)
             save_adapter(vlm.hf_model, Path(out) / "adapter")
             vlm.eos_id = -1  # no completion ends by itself
@@ -99,7 +103,8 @@ def one_step(args, folder: Path, here: dist.Dist, side: str) -> dict[str, float]
             flags |= {"batch-size": args.batch_size, "epochs": 2, "lora-rank": args.lora_rank, "lora-dropout": 0.0}
             flags |= {"lora-alpha": 2.0 * args.lora_rank, "micro-tokens": MICRO_TOKENS[args.config]}
         clock = StepClock(here.device, warmup=1, repeats=2, seconds=float("inf"))  # never enough: the run ends itself
-        with nullcontext() if onednn else torch.backends.mkldnn.flags(enabled=False):
+        kernels = nullcontext() if onednn else torch.backends.mkldnn.flags(enabled=False)
+        with kernels, replaced(train_grpo, "score_completion", reward_of_text), redirect_stdout(io.StringIO()):
             run_script(script, [*words(flags), *switches], vlm, here, clock, OUR_PARTS)
         lines = [json.loads(line) for line in (Path(out) / "run" / "metrics.jsonl").read_text().splitlines()]
     del vlm
