@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import make_vlm, run_processes
+from helpers import make_vlm, metrics, result, run_processes
 
 from tag.data import tokens
 from tag.data.order import batch_indices, even_shares
@@ -146,6 +146,22 @@ def several(folder: str) -> None:
 def test_ranks_share_the_work_and_the_complaint(tmp_path):
     lines = [json.loads(line) for line in run_processes(2, "test_tokens:several", tmp_path).splitlines()]
     assert len(lines[0]) + len(lines[1]) == 5 and not set(lines[0]) & set(lines[1])  # each file by one of them
+
+
+@pytest.mark.slow
+def test_runs_are_the_same_at_any_number_of_workers_and_after_resuming(call, work, flags):
+    """Bit by bit: the adapters and all metrics but the clock's."""
+    same = {"eval_faces": 0, "epochs": 2}
+    for name, changed in (("none", {"workers": 0}), ("two", {"workers": 2})):
+        assert call("train_sft", flags("train_sft", **same, **changed, out=work / name))[0] == 0
+    cut = {**same, "out": work / "cut", "token_cache": work / "shared", "workers": 1}
+    assert call("train_sft", flags("train_sft", **cut, stop_after=3))[0] == 0
+    for file in (work / "shared").iterdir():
+        file.unlink()
+    assert call("train_sft", flags("train_sft", **cut))[0] == 0
+    assert not (work / "cut" / "tokens").exists() and files(work / "shared") == files(work / "none" / "tokens")
+    assert metrics(work / "none") == metrics(work / "two") == metrics(work / "cut")
+    assert result(work / "none") == result(work / "two") == result(work / "cut")
 
 
 # ---------------------------------------------------------------- who computes what

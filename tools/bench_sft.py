@@ -15,7 +15,8 @@ beforehand (ours are read and decoded as training goes). It pads, because it ref
 
 Also measured: the share of the machine's matrix rate, measured on the spot, that the useful part of our first-epoch
 step amounts to (2 operations a weight and token forward and 2 backward, since frozen weights have no gradient;
-attention, adapters, vision and padding do not count), and how full packed rows are on 1 to 8 ranks.
+attention, adapters, vision and padding do not count), and how full packed steps are on 1 to 8 ranks, whose passes run
+in step, at the paper's batch of 256 and its lengths.
 """
 
 import argparse
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         "tokens_per_second": {side: tokens / s for side, s in seconds.items()},
         "share_of_matrix_rate": share,
         "matrix_rate": rate,
-        "packing_fill": packing_fill(args.micro_tokens),
+        "packing_fill": packing_fill(args.micro_tokens),  # at the paper's batch and lengths
         "steps": sides,
     }
     if "trl" in seconds:
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
         [{"side": s, "s a step": t, "useful tokens/s": by_side[0][s], "all": by_side[1][s]} for s, t in seconds.items()]
     )
     fills = ", ".join(f"{ranks} ranks {fill:.1%}" for ranks, fill in results["packing_fill"].items())
-    print(f"{share:.1%} of the matrix rate measured here; packed rows are full to: {fills}")
+    print(f"{share:.1%} of the matrix rate measured here; packed steps are full to: {fills}")
     if "ratio" in results:
         print(
             f"ours / TRL: {results['ratio']:.2f} in the first epoch, {results['ratio_cached']:.2f} after it; ", end=""

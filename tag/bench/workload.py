@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor, Logit
 
 from tag.bench.measure import bandwidth, matrix_rate
 from tag.data.batching import Group, Prompt, cut_to, plan_micro_batches
+from tag.data.order import even_shares
 from tag.linear import use_onednn
 from tag.random_vlm import config_7b, random_vlm
 from tag.rollout.hf import left_padded
@@ -105,29 +106,32 @@ def hf_generate(
     return tokens
 
 
-def packing_fill(micro_tokens: int, prompt_tokens: int = 178, per_rank: int = 64, steps: int = 20) -> dict[int, float]:
-    """Ranks -> real tokens / computed tokens of packed SFT steps, padding and repeated passes included.
+def packing_fill(
+    micro_tokens: int, batch_size: int = 256, prompt_tokens: int = 178, lengths: Sequence[int] = (), steps: int = 20
+) -> dict[int, float]:
+    """Ranks -> real tokens / tokens that all ranks' time would have allowed, of packed SFT steps as train_sft.py makes.
 
-    Each rank packs `per_rank` sequences of a prompt and a trace of realistic length (`spread_lengths` up to 512), as
-    train_sft.py does. Rows are as wide as what is in them, so what can be computed for nothing are whole passes.
+    Ranks run their passes in step, so a pass takes all of them as long as its widest row on any rank: what is lost is
+    that width less their own, besides padding and repeated passes. lengths: of completions, `batch_size` a step one
+    step after another (default: as traces have them, `spread_lengths` up to 512).
     """
     mask = torch.zeros(prompt_tokens, dtype=torch.bool)
     prompt = Prompt(mask.long(), mask.long().expand(3, -1), mask)
+    lengths = lengths or spread_lengths(steps * batch_size, 512)
     fill = {}
     for ranks in (1, 2, 4, 8):
-        real = computed = 0
-        for step in range(steps):
-            lengths = spread_lengths(ranks * per_rank, 512, seed=step)
+        real = allowed = 0
+        for start in range(0, len(lengths) - batch_size + 1, batch_size):
+            step = lengths[start : start + batch_size]
             plans = []
-            for rank in range(ranks):
-                groups = [Group(prompt, 0, [[0] * n], [0]) for n in lengths[rank::ranks]]
+            for share in even_shares(step, ranks):
+                groups = [Group(prompt, 0, [[0] * step[i]], [0]) for i in share]
                 plans.append(plan_micro_batches(groups, micro_tokens))
             passes = max(map(len, plans))
-            for plan in plans:
-                widths = [sum(g.num_tokens for g in row) for rows in cut_to(plan, passes) for row in rows]
-                real += sum(widths)
-                computed += sum(widths) + (passes - len(widths)) * widths[0]
-        fill[ranks] = real / computed
+            widths = [[sum(g.num_tokens for row in rows for g in row) for rows in cut_to(p, passes)] for p in plans]
+            real += sum(map(sum, widths))
+            allowed += ranks * sum(max(own[k % len(own)] for own in widths) for k in range(passes))
+        fill[ranks] = real / allowed
     return fill
 
 
