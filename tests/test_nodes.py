@@ -61,6 +61,7 @@ def test_two_machines_a_killed_rank_and_a_signal(server, work, flags, tmp_path):
     try:
         wait_for_steps(work / "out", 2, seconds=240)
         wait_until(lambda: sorted(workers(work / "out")) == [0, 1, 2, 3], "heartbeats of four ranks")
+        wait_until(lambda: list((work / "out").glob("checkpoints/step-??????")), "a checkpoint")
         before = workers(work / "out")
         os.kill(before[3], signal.SIGKILL)
         wait_until(lambda: "resuming after step" in output(log), "another start")
