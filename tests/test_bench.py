@@ -265,12 +265,9 @@ def test_bench_switches(tmp_path, stage):
         step = steps[line["side"]]
         assert line["costs"] == pytest.approx(step["total"] / base["total"] - 1) and step["total"] > 0
         if line["side"] != "beta 0":  # another loss
-            assert step["grad_norm"] > 1e-3 and step["grad_norm"] == pytest.approx(base["grad_norm"], rel=1e-3), line[
-                "side"
-            ]
-    if stage == "grpo":
-        assert steps["beta 0"]["reference_seconds"] < 0.2 * base["reference_seconds"]
-    else:
+            assert base["grad_norm"] > 1e-3, "a step without a gradient shows nothing"
+            assert step["grad_norm"] == pytest.approx(base["grad_norm"], rel=1e-3), line["side"]
+    if stage == "sft":
         assert steps["cache-gb 0"]["data_wait_seconds"] > 0 == base["data_wait_seconds"]
 
 

@@ -359,14 +359,15 @@ def test_a_signal_to_one_rank_saves_and_ends_all(server, work, flags, script, nu
 
 @pytest.mark.slow
 def test_two_runs_in_one_folder(server, work, flags):
-    """The second is refused in one line, on all its ranks, and leaves the folder as it was."""
+    """The second is refused in one line, on all its ranks, and leaves the folder as it was, but for tokens: these
+    depend on the data alone."""
     argv = flags("train_sft", device="cpu")
     first = RunLock(work / "out")
     first.acquire()
     second = server.run("train_sft", argv, 2)
     assert 2 in second.codes and second.output.count(f"in use by process {os.getpid()}") == 1
     assert "Traceback" not in second.output
-    assert [f.name for f in (work / "out").iterdir()] == [LOCK]
+    assert {f.name for f in (work / "out").iterdir()} - {"tokens"} == {LOCK}
     first.release()
     assert server.run("train_sft", argv, 2).codes == [0, 0]
 
