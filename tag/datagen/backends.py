@@ -52,11 +52,8 @@ class Backend:
         """Free what is held."""
 
 
-class RuleBackend(Backend):
-    """Reads the expression off the AU list by EMFACS prototypes and writes by rules, so the pipeline runs anywhere.
-
-    It is not told the label. Where AUs and label disagree it answers wrongly, and elimination does its work.
-    """
+class Rules(Backend):
+    """What backends without a model have in common."""
 
     name = "rules"
     concurrency = 8
@@ -67,8 +64,15 @@ class RuleBackend(Backend):
         return {"rules": 1}
 
     def prepare(self, record: Record, path: Path) -> tuple[int, int]:
-        """The size of the image, which has been read whole."""
+        """The size of the image, which has been read whole: a model would be sent it, so it must be there."""
         return load_image(path).size
+
+
+class RuleBackend(Rules):
+    """Reads the expression off the AU list by EMFACS prototypes and writes by rules, so the pipeline runs anywhere.
+
+    It is not told the label. Where AUs and label disagree it answers wrongly, and elimination does its work.
+    """
 
     async def ask(self, request: Request) -> str:
         """See `Backend.ask`; never fails."""

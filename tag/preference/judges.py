@@ -7,12 +7,8 @@ AU IoU and AU F1 in another form. It is no evidence beside those, and none about
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from tag.data.images import load_image
-from tag.data.records import Record
-from tag.datagen.backends import Backend, read_expression
+from tag.datagen.backends import Rules, read_expression
 from tag.datagen.stages import Request
 from tag.evaluation.predictions import Prediction
 from tag.preference.rubric import CRITERIA
@@ -25,20 +21,8 @@ class Question(Request):
     shown: tuple[Prediction, Prediction]
 
 
-class RuleJudge(Backend):
+class RuleJudge(Rules):
     """Scores by agreement with the detector and by format; prefers the larger sum; without randomness."""
-
-    name = "rules"
-    concurrency = 8
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """A version of the rules."""
-        return {"rules": 1}
-
-    def prepare(self, record: Record, path: Path) -> tuple[int, int]:
-        """The size of the image, which has been read whole: a judge is sent it, so it must be there."""
-        return load_image(path).size
 
     async def ask(self, request: Request) -> str:
         """See `Backend.ask`; never fails."""
