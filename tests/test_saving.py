@@ -304,7 +304,7 @@ def test_a_torn_lock_counts_as_another_machines(tmp_path):
 # ---------------------------------------------------------------- signals
 
 
-def wait_for_steps(out: Path, count: int, seconds: float = 120.0) -> None:
+def wait_for_steps(out: Path, count: int, seconds: float = 240.0) -> None:
     """Until a run has logged `count` steps."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
