@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 
 from tag import dist
-from tag.args import Parser, add_running_flags, check, claim_run_folder, run
-from tag.checkpoint import load_checkpoint, run_card, write_run_card
+from tag.args import Parser, add_running_flags, check, run
+from tag.checkpoint import run_card, write_run_card
 from tag.data.batching import group_completions
 from tag.data.faces import Faces
 from tag.data.order import batch_indices, num_steps, rollout_seed
@@ -44,6 +44,7 @@ from tag.presets import KL_REFERENCES, LOSS_PRESETS, describe
 from tag.record import completion_entry, completion_tensors, face_entry, save_record, snapshot
 from tag.rewards import AU_KINDS, audit, reward_means, score_completion
 from tag.rollout import RolloutEngine, kv_plan
+from tag.runfolder import claim_run_folder
 from tag.runlog import RunLog
 from tag.stepstats import RecordCost, StepStats, UpdateStats, first_step_note, length_metrics
 from tag.trainable import LR_SCHEDULES, adamw, print_trainable, scheduled_lr, train_projector, trained_parameters
@@ -130,7 +131,7 @@ def parse_args(argv=None):
     return args
 
 
-def train(args, here: dist.Dist) -> None:
+def train(args, here: dist.Dist, resuming: bool) -> None:
     """The loop. N completions on this rank = its faces x G, prompt-major; T the longest of them."""
     # ---- what to train on
     data, out, G = Path(args.data), Path(args.out), args.group_size
@@ -139,7 +140,6 @@ def train(args, here: dist.Dist) -> None:
     validation = read_records(data / "val.jsonl")[: args.eval_faces] if args.eval_faces else []
     faces_per_step = args.rollouts_per_step // G
     check(faces_per_step >= here.world, f"{faces_per_step} faces a step leave some of {here.world} ranks without work")
-    resuming = claim_run_folder(out, "train_grpo.py", args, here.is_main)
     check_memory(args, "grpo", here, len(records))
 
     # ---- model: LoRA -> reference -> freeze -> activation checkpointing -> shard
@@ -181,14 +181,10 @@ def train(args, here: dist.Dist) -> None:
     held_out = HeldOut(validation, image_root, vlm, args, steps, here)
     plain = json.loads(json.dumps(vars(args), default=str))
     card = run_card("train_grpo.py", plain, world=here.world, steps=steps, objective=describe(plain))
-    guard = Guard(out, args, params, optimizer, here)  # the folder is this run's alone
+    guard = Guard(out, args, params, optimizer, here)
     passes = Passes(args.micro_tokens, out, here, vlm.pad_id, sharded, split=args.no_prefix_sharing)
     faces.tell = passes.tell = guard.fault
-    first_step = 0
-    if resuming and (loaded := load_checkpoint(out, params, optimizer, here)):
-        first_step, held_out.best = loaded["step"], loaded["best"]
-        guard.restore(loaded)
-        here.print(f"resuming after step {first_step} of {steps}")
+    first_step = guard.resume(held_out, steps) if resuming else 0
     write_run_card(out, card, here)
     here.print(
         f"{len(records)} faces, {steps} steps of {faces_per_step} faces x {G} completions, {here.world} process(es), "
@@ -292,9 +288,7 @@ def train(args, here: dist.Dist) -> None:
                         stats.add(terms, here_mask, logprobs, entropy)
             clock.updates.append(stats)
             dist.sum_replicated_gradients(list(params.values()), here)
-
             grad_norm = dist.clip_gradients(list(params.values()), args.clip_norm)
-
             skipped = guard.skips(stats.sums["loss"], grad_norm, ids)  # loss or gradient not finite on some rank
 
             # Gates: what was sampled is what is trained, and nothing moved before the first update.
@@ -372,7 +366,8 @@ def main() -> None:
     args = parse_args()
     here = dist.setup(args.device, args.threads, not args.no_onednn)
     try:
-        train(args, here)
+        with claim_run_folder(args.out, "train_grpo.py", args, here) as resuming:  # nobody else's until we are done
+            train(args, here, resuming)
     finally:
         dist.cleanup()
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from tag import dist
-from tag.args import TOKENS, Parser, add_running_flags, check, claim_run_folder, run
-from tag.checkpoint import load_checkpoint, run_card, write_run_card
+from tag.args import TOKENS, Parser, add_running_flags, check, run
+from tag.checkpoint import run_card, write_run_card
 from tag.data.batching import Group
 from tag.data.faces import Faces
 from tag.data.order import batch_indices, even_shares, num_steps
@@ -36,6 +36,7 @@ from tag.lora import add_lora, load_adapter, save_adapter
 from tag.passes import Passes
 from tag.plan.startup import check_memory
 from tag.rollout import RolloutEngine
+from tag.runfolder import claim_run_folder
 from tag.runlog import RunLog
 from tag.trace import strip_boxes
 from tag.trainable import adamw, print_trainable, scheduled_lr, train_projector, trained_parameters
@@ -96,7 +97,7 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def train(args, here: dist.Dist) -> None:
+def train(args, here: dist.Dist, resuming: bool) -> None:
     """The loop."""
     # ---- what to train on -----------------------------------------------------------------------------------------
     data = Path(args.data)
@@ -111,7 +112,6 @@ def train(args, here: dist.Dist) -> None:
     check(
         args.batch_size >= here.world, f"--batch-size {args.batch_size} leaves some of {here.world} ranks without work"
     )
-    resuming = claim_run_folder(args.out, "train_sft.py", args, here.is_main)
     check_memory(args, "sft", here, len(records))
 
     # ---- model: LoRA -> freeze -> activation checkpointing -> shard -----------------------------------------------
@@ -152,14 +152,10 @@ def train(args, here: dist.Dist) -> None:
 
     # ---- where we are ---------------------------------------------------------------------------------------------
     card = run_card("train_sft.py", json.loads(json.dumps(vars(args), default=str)), world=here.world, steps=steps)
-    guard = Guard(args.out, args, params, optimizer, here)  # the folder is this run's alone
+    guard = Guard(args.out, args, params, optimizer, here)
     passes = Passes(args.micro_tokens, args.out, here, vlm.pad_id, sharded, pack=not args.no_pack)
     faces.tell = passes.tell = guard.fault
-    first_step = 0
-    if resuming and (loaded := load_checkpoint(args.out, params, optimizer, here)):
-        first_step, held_out.best = loaded["step"], loaded["best"]
-        guard.restore(loaded)
-        here.print(f"resuming after step {first_step} of {steps}")
+    first_step = guard.resume(held_out, steps) if resuming else 0
     write_run_card(args.out, card, here)
     here.print(f"{count} records, {steps} steps of {args.batch_size}, {here.world} process(es), sharded: {sharded}")
     log = RunLog(args.out, here.is_main, steps, first_step, "sft")
@@ -254,7 +250,8 @@ def main() -> None:
     args = parse_args()
     here = dist.setup(args.device, args.threads, not args.no_onednn)
     try:
-        train(args, here)
+        with claim_run_folder(args.out, "train_sft.py", args, here) as resuming:  # nobody else's until we are done
+            train(args, here, resuming)
     finally:
         dist.cleanup()
 

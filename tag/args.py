@@ -1,19 +1,16 @@
-"""What the command lines share: presets, one-line errors with exit code 2, and the run folder's identity."""
+"""What the command lines share: presets, one-line errors with exit code 2, the flags of both training stages."""
 
 import argparse
 import contextlib
 import errno
-import json
 import os
 import select
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from tqdm import tqdm
 
 from tag.errors import DataError, UsageError
-from tag.lock import LOCK
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,7 +103,7 @@ def check(condition: bool, message: str) -> None:
 
 
 # Flags that say how a run is computed, not which run it is: they may change when it is resumed. A preset is a name for
-# values of other flags, and those are compared.
+# values of other flags, and those are compared (tag/runfolder.py).
 RUNTIME_FLAGS = frozenset(
     {"preset", "out", "micro_tokens", "device", "threads", "save_every", "keep_checkpoints", "rollout_rows"}
     | {"activation_checkpointing", "kv_gb", "cuda_graphs", "compile", "workers", "no_fused_optimizer"}
@@ -170,34 +167,3 @@ def add_running_flags(p: Parser, micro_tokens: int, save_every: int) -> Callable
 
 
 TOKENS = "tokens"  # in the run folder, if not elsewhere by --token-cache
-BEFORE_THE_CARD = (LOCK, "heartbeat", TOKENS)  # what a run killed at its very beginning leaves
-
-
-def claim_run_folder(out: str | os.PathLike, script: str, args: argparse.Namespace, is_main: bool) -> bool:
-    """Make `out` this run's folder; True if it holds an earlier part of the same run (which is then resumed).
-
-    The same run means the same script and the same flags, those of `RUNTIME_FLAGS` aside. Anything else in the folder
-    is another run's: UsageError, nothing is touched.
-    """
-    out = Path(out)
-    card = out / "run.json"
-    mine = json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in RUNTIME_FLAGS}, default=str))
-    if not card.is_file():
-        if out.is_dir() and any(entry.name not in BEFORE_THE_CARD for entry in out.iterdir()):
-            raise UsageError(f"{out} is not empty and holds no run of ours; choose another --out")
-        return False  # the folder is made with its first file, when everything else has been found to be in order
-    try:
-        theirs = json.loads(card.read_text())
-        other_script, other = theirs["script"], theirs["args"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        raise UsageError(f"{card} cannot be read; choose another --out") from None
-    if other_script != script:
-        raise UsageError(f"{out} holds a run of {other_script}; choose another --out")
-    changed = [k for k in mine if other.get(k) != mine[k]]
-    if changed:
-        k = changed[0]
-        raise UsageError(
-            f"{out} holds another run: --{k.replace('_', '-')} was {other.get(k)!r} there and is {mine[k]!r} now; "
-            "repeat the same command to resume it, or choose another --out"
-        )
-    return True

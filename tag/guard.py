@@ -1,6 +1,6 @@
-"""What stands around a training loop so that it survives: the folder's lock, the watch, checkpoints, signals, faults.
+"""What stands around a training loop so that it survives: the watch, checkpoints, signals, faults.
 
-    guard = Guard(out, args, params, optimizer, here)       # the folder is ours; another run's is refused
+    guard = Guard(out, args, params, optimizer, here)
     for step in guard.steps(first_step, last, log):         # watched; ends early if SIGTERM or SIGUSR1 asks for it
         guard.at("sample", ids)                             # where this rank is, for the watch
         ...
@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tag.checkpoint import load_checkpoint
 from tag.dist import Dist
 from tag.errors import UsageError
+from tag.evaluation.held_out import HeldOut
 from tag.files import replacing
 from tag.gates import check_gradient
-from tag.lock import RunLock
 from tag.runlog import RunLog
 from tag.saving import Saver
 from tag.watch import Watch
@@ -49,31 +50,29 @@ class Guard:
         # torchrun, if it is the parent: when it dies, by a signal that it does not forward, its processes live on.
         self.agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.handlers: dict[int, object] = {}  # of signals, as they were before
-        self._listen()  # before the ranks meet below: once there is a heartbeat, all of them listen
+        self._listen()
+        here.barrier()  # once there is a heartbeat of one rank, all of them listen
         self.stopped = Path(out) / "stopped.json"  # there while the run waits to be gone on with
-        self.lock = RunLock(out, warn=here.print)
-        problem = None
-        if here.is_main:
-            try:
-                self.lock.acquire()
-            except UsageError as e:
-                problem = str(e)
-        if problem := here.gather(problem)[0]:
-            raise UsageError(problem, everywhere=True)
         self.saver = Saver(
             out, params, optimizer, here, args.save_every, args.save_minutes, max(args.keep_checkpoints, 1)
         )
-        self.watch = Watch(out, here, 60 * args.slow_minutes, 60 * args.hang_minutes, also=self.lock.beat)
+        self.watch = Watch(out, here, 60 * args.slow_minutes, 60 * args.hang_minutes)
         self.step, self.last, self.in_a_row = 0, 0, 0
         self.faults: Counter[str] = Counter()
         self.new_faults: list[dict] = []  # of this rank, since the last border
         self.stopping = False
         self.log: RunLog | None = None
 
-    def restore(self, card: dict) -> None:
-        """Go on where a checkpoint was."""
+    def resume(self, held_out: HeldOut, steps: int) -> int:
+        """Go on from the newest sound checkpoint: the first step to do, 0 if there is none. A collective."""
+        card = load_checkpoint(self.saver.out, self.saver.params, self.saver.optimizer, self.here)
+        if card is None:
+            return 0
+        held_out.best = card["best"]
         self.in_a_row, self.saver.pinned = card.get("skipped_in_a_row", 0), card.get("best_step")
         self.faults.update(card.get("faults", {}))
+        self.here.print(f"resuming after step {card['step']} of {steps}")
+        return card["step"]
 
     def steps(self, first: int, last: int, log: RunLog) -> Iterator[int]:
         """Step numbers; the body must end with `border`."""
@@ -89,7 +88,6 @@ class Guard:
             finished = True
         finally:
             if not finished:  # the loop has raised
-                self.lock.release()
                 self._listen_no_more()
 
     def at(self, stage: str, samples: Sequence[str] = ()) -> None:
@@ -153,7 +151,6 @@ class Guard:
 
     def close(self) -> None:
         """The end of the run: says what saving cost and what was survived."""
-        self.lock.release()
         self._listen_no_more()
         if self.saver.saves:
             each = self.saver.seconds / self.saver.saves

@@ -28,7 +28,7 @@ class RunLock:
         self.beats, self.held = 0, False
 
     def acquire(self) -> None:
-        """Take the lock. Raises UsageError if a live process has it."""
+        """Take the lock, `out` is made if need be. Raises UsageError if a live process has it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(10):  # several may start at once, and find the same stale lock
             try:

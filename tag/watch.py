@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tag.dist import Dist
@@ -31,20 +31,11 @@ class Watch:
 
     slow: seconds without any progress after which the rank that is waited for is named, once. hang: seconds after which
     each process writes where it stands (OUT/heartbeat/rank-*.stack) and ends with exit code 3, so that `torchrun
-    --max-restarts` can start again. 0 = never. also: called with each beat (the lock's).
+    --max-restarts` can start again. 0 = never.
     """
 
-    def __init__(
-        self,
-        out: str | os.PathLike,
-        here: Dist,
-        slow: float,
-        hang: float,
-        every: float = 2.0,
-        also: Callable[[], object] | None = None,
-    ) -> None:
+    def __init__(self, out: str | os.PathLike, here: Dist, slow: float, hang: float, every: float = 2.0) -> None:
         self.folder, self.here, self.slow, self.hang, self.every = Path(out) / "heartbeat", here, slow, hang, every
-        self.also = also
         self.now: tuple[int, float, int | None, str, list[str]] = (0, time.monotonic(), None, "start", [])
         self.beats = 0
         self.ended, self.moved = threading.Event(), threading.Event()
@@ -94,8 +85,6 @@ class Watch:
         try:
             with replacing(self.folder / f"rank-{self.here.rank:05d}.json") as f:
                 json.dump(entry, f)
-            if self.also is not None:
-                self.also()
         except OSError as e:  # a full disk ends the run elsewhere, cleanly; a beat is not worth it
             if not self.complained:
                 self._say(f"WARNING: no heartbeat of rank {self.here.rank}: {e}")

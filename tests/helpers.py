@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -203,3 +205,24 @@ def _launch(world: int, target: str, args: list[str]) -> None:
 
 if __name__ == "__main__":
     _launch(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
+
+
+def wait_for_steps(out: Path, count: int, seconds: float = 240.0) -> None:
+    """Until a run has logged `count` steps."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if (out / "metrics.jsonl").read_bytes().count(b'"loss"') >= count:
+                return
+        except FileNotFoundError:
+            pass
+        time.sleep(0.02)
+    pytest.fail(f"no {count} steps within {seconds} s")
+
+
+def wait_until(condition, what: str, seconds: float = 240.0) -> None:
+    """Until `condition()` is true, however slow the machine is."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.01)

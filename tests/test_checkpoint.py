@@ -23,19 +23,22 @@ from helpers import (
     random_faces,
     random_groups,
     run_processes,
+    wait_until,
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tag import dist
-from tag.args import Parser, claim_run_folder
+from tag.args import Parser
 from tag.checkpoint import CARD, load_checkpoint, run_card, save_checkpoint, trained_state
 from tag.data.batching import Group, collate, plan_micro_batches
 from tag.dist import Dist
 from tag.errors import DataError, UsageError
 from tag.grpo import grpo_loss, loss_normaliser
+from tag.lock import LOCK
 from tag.lora import copy_adapter, full_tensor, set_adapter, set_trainable
+from tag.runfolder import claim_run_folder
 from tag.runlog import RunLog
 from tag.trainable import adamw, train_projector, trained_parameters
 from tag.vlm import VLM
@@ -305,10 +308,8 @@ def test_several_presets_and_the_later_one_holds(capsys):
 def start(out: Path, *argv: str, script: str = "a.py") -> bool:
     """Claim the folder as a script does, and write its card."""
     args = parse(*argv)
-    resuming = claim_run_folder(out, script, args, is_main=True)
-    assert resuming == out.exists()  # nothing is made before everything is in order
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "run.json").write_text(json.dumps(run_card(script, vars(args))))
+    with claim_run_folder(out, script, args, ALONE) as resuming:
+        (out / "run.json").write_text(json.dumps(run_card(script, vars(args))))
     return resuming
 
 
@@ -345,6 +346,30 @@ def test_a_folder_of_another_run_is_not_touched(tmp_path):
     with pytest.raises(UsageError, match="not empty"):
         start(tmp_path, "--data", "x")
     assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_a_folder_is_held_until_the_run_ends_and_gone_if_nothing_was_written(tmp_path):
+    args = parse("--data", "x")
+    out = tmp_path / "runs" / "a"
+    with pytest.raises(DataError, match="no such face"):
+        with claim_run_folder(out, "a.py", args, ALONE) as resuming:
+            assert not resuming and json.loads((out / LOCK).read_text())["pid"] == os.getpid()
+            raise DataError("no such face")
+    assert not any(tmp_path.iterdir())  # nor the folder above, which was made with it
+    (tmp_path / "runs").mkdir()
+    with claim_run_folder(out, "a.py", args, ALONE):
+        pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["runs"]
+    with claim_run_folder(out, "a.py", args, ALONE):
+        (out / "tokens").mkdir()
+    assert [entry.name for entry in out.iterdir()] == ["tokens"]
+
+
+def test_a_folder_is_held_by_beats(tmp_path, monkeypatch):
+    """Long before the first step: another machine that sees no beats takes the folder over."""
+    monkeypatch.setattr("tag.runfolder.BEAT_SECONDS", 0.01)
+    with claim_run_folder(tmp_path, "a.py", parse("--data", "x"), ALONE):
+        wait_until(lambda: json.loads((tmp_path / LOCK).read_text())["beats"] >= 2, "beats")
 
 
 def test_a_resumed_log_has_every_step_once(tmp_path, capsys):

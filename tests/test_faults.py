@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_gradients, gradients, metrics, random_groups, result
+from helpers import assert_same_gradients, gradients, metrics, random_groups, result, wait_until
 from PIL import Image
 from safetensors.torch import load_file
 from test_checkpoint import ALONE
-from test_saving import wait_until
 
 import train_grpo
 import train_sft

@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import metrics, result
-from test_saving import wait_for_steps, wait_until
+from helpers import metrics, result, wait_for_steps, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 

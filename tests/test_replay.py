@@ -20,7 +20,7 @@ from fake_run import FakeRun
 from helpers import load_tool
 
 import train_grpo
-from tag.args import claim_run_folder, run
+from tag.args import run
 from tag.dist import Dist
 from tag.errors import DataError
 from tag.files import write_tensors
@@ -41,6 +41,7 @@ from tag.replay import (
 )
 from tag.replay_model import RecordedModel
 from tag.rollout import RolloutEngine
+from tag.runfolder import claim_run_folder
 
 ALONE = Dist(0, 1, torch.device("cpu"))
 
@@ -81,7 +82,7 @@ def make_run(synth, small_folder, small_adapter, tmp_path_factory):
         argv += ["--micro-tokens", "300", "--max-steps", "2", *flags]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_grpo, "RolloutEngine", ScriptedEngine)
-            train_grpo.train(train_grpo.parse_args([str(a) for a in argv]), ALONE)
+            train_grpo.train(train_grpo.parse_args([str(a) for a in argv]), ALONE, resuming=False)
         return out
 
     return make
@@ -686,7 +687,8 @@ def test_what_is_kept_of_a_run_may_change_when_it_is_resumed(tmp_path):
     args = train_grpo.parse_args(["--data", "d", "--adapter", "a", "--out", str(tmp_path)])
     (tmp_path / "run.json").write_text(json.dumps({"script": "train_grpo.py", "args": vars(args)}))
     vars(args).update(waive_gates=True, record_every=3, record_state=True)
-    assert claim_run_folder(tmp_path, "train_grpo.py", args, True)
+    with claim_run_folder(tmp_path, "train_grpo.py", args, ALONE) as resuming:
+        assert resuming
 
 
 # ---------------------------------------------------------------- tripped gates

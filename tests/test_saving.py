@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import metrics, result
+from helpers import metrics, result, wait_for_steps
 from test_checkpoint import ALONE, assert_equal, flip_bit, half, names, save_run, state_of, toy_run, train
 
 from tag import lock as lock_module
@@ -304,27 +304,6 @@ def test_a_torn_lock_counts_as_another_machines(tmp_path):
 # ---------------------------------------------------------------- signals
 
 
-def wait_for_steps(out: Path, count: int, seconds: float = 240.0) -> None:
-    """Until a run has logged `count` steps."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if (out / "metrics.jsonl").read_bytes().count(b'"loss"') >= count:
-                return
-        except FileNotFoundError:
-            pass
-        time.sleep(0.02)
-    pytest.fail(f"no {count} steps within {seconds} s")
-
-
-def wait_until(condition, what: str, seconds: float = 240.0) -> None:
-    """Until `condition()` is true, however slow the machine is."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.01)
-
-
 # So many steps that no run ends before it is stopped, however fast the machine is; all end by --stop-after.
 LONG = {"train_sft": {"epochs": 1000}, "train_grpo": {"max_steps": 3000}}
 
@@ -359,15 +338,14 @@ def test_a_signal_to_one_rank_saves_and_ends_all(server, work, flags, script, nu
 
 @pytest.mark.slow
 def test_two_runs_in_one_folder(server, work, flags):
-    """The second is refused in one line, on all its ranks, and leaves the folder as it was, but for tokens: these
-    depend on the data alone."""
+    """The second is refused in one line, on all ranks, before its model is loaded; the folder stays as it was."""
     argv = flags("train_sft", device="cpu")
     first = RunLock(work / "out")
     first.acquire()
     second = server.run("train_sft", argv, 2)
     assert 2 in second.codes and second.output.count(f"in use by process {os.getpid()}") == 1
     assert "Traceback" not in second.output
-    assert {f.name for f in (work / "out").iterdir()} - {"tokens"} == {LOCK}
+    assert "parameters" not in second.output and {f.name for f in (work / "out").iterdir()} == {LOCK}
     first.release()
     assert server.run("train_sft", argv, 2).codes == [0, 0]
 
