@@ -85,6 +85,11 @@ class Knobs:
         """These with some replaced."""
         return replace(self, **changes)
 
+    def of_the_loss(self) -> dict:
+        """Those that `grpo_loss` takes, by its names."""
+        names = ("clip_eps", "clip_eps_high", "beta", "kl_estimator", "loss_average", "ratio_level")
+        return {name: getattr(self, name) for name in names}
+
     def differences(self, other: "Knobs") -> dict[str, tuple]:
         """Flag -> (here, there) for those that differ."""
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
@@ -245,13 +250,8 @@ def loss_terms(
         advantages,
         mask,
         ref_logprobs=scores.reference(knobs),
-        clip_eps=knobs.clip_eps,
-        clip_eps_high=knobs.clip_eps_high,
-        beta=knobs.beta,
-        kl_estimator=knobs.kl_estimator,
-        loss_average=knobs.loss_average,
-        ratio_level=knobs.ratio_level,
         normaliser=normaliser,
+        **knobs.of_the_loss(),
     )
 
 

@@ -1,5 +1,6 @@
 """Fixtures shared by the tests; what they are built from stands in helpers.py."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from helpers import add_random_lora, make_vlm, random_faces
 
+from tag.args import run
 from tag.bench.forks import ForkServer
 from tag.data.records import write_records
 from tag.lora import save_adapter
@@ -49,6 +51,22 @@ def adapted() -> VLM:
 def tower(small: VLM) -> torch.Tensor:
     """Tower states of three random faces by the random model, (3, patches, D)."""
     return small.encode(random_faces(3))
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a script's main in this process as the command would: (exit code, stdout, stderr)."""
+
+    def of(script: str, argv: list[str]) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
+        code = 0
+        try:
+            run(importlib.import_module(script).main)
+        except SystemExit as e:
+            code = e.code
+        return code, *capsys.readouterr()
+
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,6 @@ from test_checkpoint import ALONE
 import train_grpo
 import train_sft
 from tag import checkpoint, runlog
-from tag.args import run
 from tag.bench.forks import reward_of_text
 from tag.data.faces import Faces
 from tag.data.records import read_records
@@ -41,20 +39,10 @@ SCRIPTS = {"train_sft": train_sft, "train_grpo": train_grpo}
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a training script in this process: (exit code, stdout, stderr)."""
+def call(call, monkeypatch):
+    """Run a training script in this process, rewards a function of the text: (exit code, stdout, stderr)."""
     monkeypatch.setattr(train_grpo, "score_completion", reward_of_text)
-
-    def of(script: str, argv: list[str]) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
-        code = 0
-        try:
-            run(SCRIPTS[script].main)
-        except SystemExit as e:
-            code = e.code
-        return code, *capsys.readouterr()
-
-    return of
+    return call
 
 
 def faults(out: Path) -> list[dict]:

@@ -19,9 +19,7 @@ from pathlib import Path
 import pytest
 from helpers import add_random_lora, metrics, result
 
-import eval as eval_script
 import train_grpo
-import train_sft
 from tag.args import Parser, run
 from tag.bench.forks import reward_of_text
 from tag.data.records import read_records
@@ -29,23 +27,6 @@ from tag.lora import save_adapter
 from tag.vlm import load_vlm
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {"train_sft": train_sft, "train_grpo": train_grpo, "eval": eval_script}
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a script's main in this process as the command would: (exit code, stdout, stderr)."""
-
-    def of(script: str, argv: list[str]) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
-        code = 0
-        try:
-            run(SCRIPTS[script].main)
-        except SystemExit as e:
-            code = e.code
-        return code, *capsys.readouterr()
-
-    return of
 
 
 def tree(folder: Path) -> dict[str, str]:

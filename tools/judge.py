@@ -38,7 +38,7 @@ from tag.preference.judge_summary import summarise
 from tag.preference.judgements import Judgements
 from tag.preference.judges import RuleJudge
 from tag.preference.judging import Run, judge_name, judge_pairs, questions
-from tag.preference.pairs import Pair, choose_pairs, read_pairs
+from tag.preference.pairs import Pair, add_pair_flags, check_pair_flags, choose_pairs, read_pairs
 from tag.preference.rubric import rubric_hash
 from tag.report.summary import as_html, as_markdown
 
@@ -47,14 +47,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises UsageError."""
     p = Parser(__doc__)
     a = p.add_argument
-    a("evals", nargs=2, metavar="EVAL", help="the two models' folders of eval.py")
-    a("--data", required=True, metavar="RECORDS.jsonl", help="the faces' records")
-    a("--image-root", metavar="DIR", help="folder that the image paths are relative to (default: where --data lies)")
+    add_pair_flags(a)
     a("--out", required=True, metavar="DIR", help="folder of this comparison")
-    a("--names", nargs=2, metavar="NAME", help="what the models are called (default: their folders)")
-    a("--common", action="store_true", help="leave out faces that only one of the two has answered")
     a("--count", type=int, default=0, help="pairs, drawn by --seed; 0 = all")
-    a("--seed", type=int, default=0, help="of the choice of pairs")
     a = p.add_argument_group("the judge").add_argument
     a("--judge", choices=("rules", "openai"), default="rules")
     a("--model", help="the name it is served under")
@@ -64,8 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     a("--retries", type=int, default=3, help="malformed answers that are asked again; then the judgement is missing")
     add_endpoint_flags(p, "--judge openai", concurrency=16)
     args = p.parse_args(argv)
-    args.names = args.names or args.evals
-    check(args.names[0] != args.names[1], "the two models have one name; give --names")
+    check_pair_flags(args)
     check((args.judge == "openai") == bool(args.endpoint), "--judge openai and --endpoint URL go together")
     check(args.judge == "rules" or bool(args.model), "--judge openai needs --model")
     check(args.count >= 0 and args.seeds >= 1 and args.retries >= 0, "--count, --retries from 0 and --seeds from 1")

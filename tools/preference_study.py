@@ -25,7 +25,7 @@ from tag.data.images import load_image
 from tag.data.records import resolve_image
 from tag.errors import DataError, UsageError
 from tag.files import replacing
-from tag.preference.pairs import choose_pairs, read_pairs
+from tag.preference.pairs import add_pair_flags, check_pair_flags, choose_pairs, read_pairs
 from tag.preference.people_report import people_parts
 from tag.preference.people_summary import judge_counts, read_judgements, summarise
 from tag.preference.results import ratings_of, read_results
@@ -39,15 +39,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = Parser(__doc__)
     commands = p.add_subparsers(dest="command", required=True, parser_class=argparse.ArgumentParser)
     a = _add_command(commands, "build", "write the pages and the key")
-    a("evals", nargs=2, metavar="EVAL", help="the two models' folders of eval.py")
-    a("--data", required=True, metavar="RECORDS.jsonl", help="the faces' records")
-    a("--image-root", metavar="DIR", help="folder that the image paths are relative to (default: where --data lies)")
+    add_pair_flags(a)
     a("--out", required=True, metavar="DIR", help="folder of the study, new or empty")
-    a("--names", nargs=2, metavar="NAME", help="what the models are called in the key (default: their folders)")
-    a("--common", action="store_true", help="leave out faces that only one of the two has answered")
     a("--pairs", type=int, default=100, help="pairs in a set (default 100)")
     a("--sets", type=int, default=1, help="pages, with other faces on each (default 1)")
-    a("--seed", type=int, default=0, help="of the choice of pairs, as in tools/judge.py (default 0)")
     a("--title", default="Facial expressions: which explanation is better?", help="heading of the pages")
     a = _add_command(commands, "score", "read result files")
     a("key", metavar="KEY.json")
@@ -59,8 +54,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     a("--skip-bad", action="store_true", help="leave out files that are of another study, damaged or changed")
     args = p.parse_args(argv)
     if args.command == "build":
-        args.names = args.names or args.evals
-        check(args.names[0] != args.names[1], "the two models have one name; give --names")
+        check_pair_flags(args)
         check(args.pairs >= 1 and args.sets >= 1, "--pairs and --sets must be at least 1")
     return args
 

@@ -277,15 +277,7 @@ def stand_at_the_loss(record: StepRecord, knobs: Knobs, scores: Scores, advantag
     logprobs = scores.policy.detach().clone().requires_grad_()  # (N, T)
     old_logprobs, ref_logprobs = scores.old, scores.reference(knobs)  # (N, T)
     mask = record.completion_mask  # (N, T)
-    options = dict(
-        clip_eps=knobs.clip_eps,
-        clip_eps_high=knobs.clip_eps_high,
-        beta=knobs.beta,
-        kl_estimator=knobs.kl_estimator,
-        loss_average=knobs.loss_average,
-        ratio_level=knobs.ratio_level,
-        max_tokens=knobs.max_new_tokens,
-    )
+    options = dict(**knobs.of_the_loss(), max_tokens=knobs.max_new_tokens)
     terms = grpo_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs=ref_logprobs, **options)
     # Here: logprobs, old_logprobs, ref_logprobs, advantages, mask, options, terms. `terms.loss.backward()` fills
     # `logprobs.grad`; `debug grpo_loss(logprobs, ...)` steps through the formula.

@@ -2,9 +2,10 @@
 the files that a study is read from. What a target is: `tag.fuzz.targets`."""
 
 import json
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 from tag.datagen.answer import Malformed
 from tag.errors import DataError, UsageError
@@ -67,15 +68,24 @@ def judged(data: bytes) -> Hashable:
 def raters(data: bytes) -> Hashable:
     """Result files: one choice for each pair of a set, or one line. Whoever has the page can write a program that seals
     what it likes, so a file that breaks nothing but the checksum is tried with the right one, too."""
-    seen = [_result(data)]
-    try:
-        raw = json.loads(data)
+
+    def seal(raw: Any) -> None:
         fields = [raw[name] for name in ("study", "set", "seal", "rater", "expert", "saved", "answers")]
         raw["checksum"] = checksum(*fields)
-        seen.append(_result(json.dumps(raw).encode()))
+
+    return _also_sealed(data, _result, seal)
+
+
+def _also_sealed(data: bytes, read: Callable[[bytes], Hashable], seal: Callable[[Any], None]) -> Hashable:
+    """What `read` makes of `data`, and of what it says once `seal` has made its seals anew in place."""
+    seen = [read(data)]
+    try:
+        raw = json.loads(data)
+        seal(raw)
+        sealed = json.dumps(raw).encode()
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass  # too broken to be sealed
-    return tuple(seen)
+        return tuple(seen)  # too broken to be sealed
+    return (*seen, read(sealed))
 
 
 def _result(data: bytes) -> Hashable:
@@ -92,18 +102,14 @@ def _result(data: bytes) -> Hashable:
 
 def key(data: bytes) -> Hashable:
     """A study's key.json: a study whose seals fit, or one line; tried with its seals made anew, too."""
-    seen = [_study(data)]
-    try:
-        raw = json.loads(data)
+
+    def seal(raw: Any) -> None:
         for part in raw["sets"]:
             items = [Item(i["token"], i["id"], i["a"], tuple(i["responses"])) for i in part["pairs"]]
-            part["seal"] = Study(raw["study"], raw["secret"], tuple(raw["models"]), {part["set"]: items}).seal(
-                part["set"]
-            )
-        seen.append(_study(json.dumps(raw).encode()))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass  # too broken to be sealed
-    return tuple(seen)
+            study = Study(raw["study"], raw["secret"], tuple(raw["models"]), {part["set"]: items})
+            part["seal"] = study.seal(part["set"])
+
+    return _also_sealed(data, _study, seal)
 
 
 def _study(data: bytes) -> Hashable:

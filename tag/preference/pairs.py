@@ -1,18 +1,36 @@
 """Pairs: what two models wrote on the same face, matched by id. The two are numbered 0 and 1 throughout."""
 
+import argparse
 import hashlib
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tag.args import check
 from tag.data.records import Record, read_records
 from tag.errors import DataError
 from tag.evaluation.predictions import Prediction, read_predictions
 
 MAX_SHOWN = 8000  # characters of a response that are shown; 512 tokens are about 2,000
 EMPTY = "(empty)"  # shown for a response without text
+
+
+def add_pair_flags(a: Callable) -> None:
+    """The flags that say which pairs, of the judge and of the study with people; `a` is an add_argument."""
+    a("evals", nargs=2, metavar="EVAL", help="the two models' folders of eval.py")
+    a("--data", required=True, metavar="RECORDS.jsonl", help="the faces' records")
+    a("--image-root", metavar="DIR", help="folder that the image paths are relative to (default: where --data lies)")
+    a("--names", nargs=2, metavar="NAME", help="what the models are called (default: their folders)")
+    a("--common", action="store_true", help="leave out faces that only one of the two has answered")
+    a("--seed", type=int, default=0, help="of the choice of pairs (default 0)")
+
+
+def check_pair_flags(args: argparse.Namespace) -> None:
+    """Fill in the models' names. Raises UsageError if they have one name."""
+    args.names = args.names or args.evals
+    check(args.names[0] != args.names[1], "the two models have one name; give --names")
 
 
 @dataclass(frozen=True)
