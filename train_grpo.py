@@ -88,7 +88,7 @@ def parse_args(argv=None):
     a("--temperature", type=float, default=1.0, help="1 = the distribution trained on; a gate refuses others")
     a("--max-new-tokens", type=int, default=512)
     a = p.add_argument_group("reward, R = R_AU + R_ans + R_fmt").add_argument
-    a("--au-reward", choices=AU_KINDS, default="iou", help="iou: Eq. 3-4; none: RLVR; f1: Table 4; iou-matched: ours")
+    a("--au-reward", choices=AU_KINDS, default="iou", help="iou: Eq. 3-4; none: RLVR; f1: Table 4; others: ours")
     a("--format-bonus", type=float, default=0.1, help="R_fmt of a well-formed trace")
     a("--no-advantage-std", action="store_true", help="A = R - mean, not divided by the group's std (Dr. GRPO)")
     a = p.add_argument_group("loss").add_argument

@@ -12,7 +12,9 @@ The paper leaves three gaps; what we do instead:
    some of them. `score_completion` says so with `Rewards.au is None`; `au_reward`, a plain number, returns 0.0.
 
 Eq. 4 can be gamed: one easy box has min(n, k) = 1 and is the whole mean, and three copies of one good box score as
-three. Hence `kind="iou-matched"` (ours), and `audit`, which shows what the policy does about it.
+three. Hence `kind="iou-matched"` (ours), and `audit`, which shows what the policy does about it. And where n = 0 it
+says nothing, so a policy may learn to point at calm faces, too. Hence `kind="iou-silence"` (ours): Eq. 4 where n > 0;
+where n = 0, 1 for a trace without boxes, else 0.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,7 +27,7 @@ from tag.boxes import CANVAS_SIZE, Box, area, iou
 from tag.data.records import Record
 from tag.trace import MAX_BOXES, Trace, aus_of_boxes, named_aus, parse
 
-AU_KINDS = ("iou", "iou-matched", "f1", "none")
+AU_KINDS = ("iou", "iou-matched", "iou-silence", "f1", "none")
 DUPLICATE_IOU = 0.9  # a box this close to an earlier one of the same trace is a copy of it
 WHOLE_FACE_SHARE = 0.6  # a box that covers more of the canvas than this points at nothing in particular
 
@@ -46,10 +48,12 @@ def au_reward(boxes: Sequence[Box], au_boxes: Sequence[Box], kind: str = "iou") 
     boxes: the k predicted boxes in text order; only the first three count. au_boxes: the n activated-AU boxes.
     kind: "iou" (Eq. 3-4 of the paper), "iou-matched" (one-to-one assignment, sum / max(k, min(n, 3))) or "none" (0).
     k = 0 gives 0. n = 0 gives 0, but means "no such reward on this face": see `Rewards.au`.
-    Raises ValueError for another kind; "f1" reads AU names, not boxes: use `au_f1`.
+    Raises ValueError for another kind; "f1" reads AU names, not boxes: use `au_f1`. "iou-silence" is "iou" wherever
+    boxes are compared, and the rest of it needs none: see `score_completion`.
     """
     if kind not in ("iou", "iou-matched", "none"):
-        raise ValueError(f"au_reward knows iou, iou-matched and none, not {kind!r}" + " (see au_f1)" * (kind == "f1"))
+        elsewhere = {"f1": " (see au_f1)", "iou-silence": " (see score_completion)"}.get(kind, "")
+        raise ValueError(f"au_reward knows iou, iou-matched and none, not {kind!r}{elsewhere}")
     ious = iou_matrix(boxes[:MAX_BOXES], au_boxes)
     k, n = len(ious), len(au_boxes)
     if kind == "none" or k == 0 or n == 0:
@@ -115,7 +119,7 @@ class Rewards:
 
     fmt: float
     ans: float
-    au: float | None  # None: absent for the whole group (no activated AU on the face, or kind "none")
+    au: float | None  # None: absent for the whole group (kind "none", or no activated AU and not kind "iou-silence")
     total: float  # sum of the parts present
     boxes: tuple[BoxScore, ...] = ()  # every valid box of the text, in text order
     num_aus: int = 0  # n, activated AUs of the face
@@ -145,6 +149,9 @@ def score_completion(text: str, record: Record, kind: str = "iou", bonus: float 
         for name in ("iou", "iou-matched"):
             variants[name] = au_reward(trace.boxes, record.au_boxes, name)
         variants["f1"] = au_f1(named_aus(text), [a.au for a in record.aus])
+        variants["iou-silence"] = variants["iou"]
+    else:
+        variants["iou-silence"] = 0.0 if trace.boxes else 1.0
     au = variants[kind]
     return Rewards(
         fmt=fmt,
@@ -214,7 +221,7 @@ def audit(rewards: Sequence[Rewards], group_size: int, use_std: bool = True) -> 
       variance_fmt, _ans, _au        share of advantage variance due to each part, see `advantage_variance_shares`
       groups_all_right, _all_wrong, _mixed     share of groups by their answers (sums to 1)
       groups_flat                    share of groups whose rewards are all equal: no gradient
-      groups_no_au                   share of groups on a face without activated AUs: R_AU absent
+      groups_no_au                   share of groups on a face without activated AUs: R_AU absent (but: iou-silence)
     Raises ValueError when N is 0 or no multiple of group_size.
     """
     if not rewards or group_size < 1 or len(rewards) % group_size:

@@ -130,3 +130,5 @@ def test_au_reward_is_spelled_out():
     assert "best 2 of 3" in spelled([box(0.8), box(0.1, False), box(0.6)], 0.7, 2)
     assert spelled([], 0.0, 2).startswith("0: no valid box") and "absent" in spelled([box(0.8)], 0.0, 0)
     assert "max(k, min(n, 3)) = 3" in spelled([box(0.9)], 0.3, 4, "iou-matched")
+    assert spelled([box(0.8)], 0.8, 1, "iou-silence").endswith("0.800")
+    assert spelled([], 1.0, 0, "iou-silence") == "1: no activated AU on this face, and no box"

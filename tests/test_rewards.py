@@ -181,14 +181,23 @@ def test_kinds_choose_what_is_paid_and_none_means_absent():
     record = record_of(("AU4", BROW), ("AU12", MOUTH))
     text = trace_of(("AU4", BROW))
     paid = {kind: score_completion(text, record, kind).au for kind in AU_KINDS}
-    assert paid == {"iou": 1.0, "iou-matched": 0.5, "f1": pytest.approx(2 / 3), "none": None}
+    assert paid == {"iou": 1.0, "iou-matched": 0.5, "iou-silence": 1.0, "f1": pytest.approx(2 / 3), "none": None}
     bare = record_of()
-    for kind in AU_KINDS:
+    for kind in {*AU_KINDS} - {"iou-silence"}:
         r = score_completion(text, bare, kind, bonus=0.2)
         assert r.au is None and r.total == pytest.approx(1.2) and r.paper_iou is None and r.parts[2] == 0.0
         assert r.boxes[0].au is None and not r.boxes[0].counted
     with pytest.raises(ValueError, match="iou-matched"):
         score_completion(text, record, "giou")
+
+
+def test_silence_is_paid_where_there_is_nothing_to_point_at_and_only_there():
+    bare, face = record_of(), record_of(("AU4", BROW))
+    quiet, points = trace_of(), trace_of(("AU4", BROW))
+    paid = [[score_completion(text, record, "iou-silence").au for record in (bare, face)] for text in (quiet, points)]
+    assert paid == [[1.0, 0.0], [0.0, 1.0]]
+    assert score_completion(quiet, bare, "iou-silence").total == pytest.approx(2.1)
+    assert score_completion(quiet, bare, "iou-silence").paper_iou is None  # what is measured stays the paper's
 
 
 def test_hostile_text_never_raises():

@@ -48,7 +48,8 @@ def trace(data: bytes) -> Hashable:
     for rewards, kind in zip(scored, AU_KINDS, strict=True):
         assert rewards.fmt in (0.0, 0.1) and rewards.ans in (0.0, 1.0)
         assert rewards.au is None or 0.0 <= rewards.au <= 1.0 + ROUNDING
-        assert (rewards.au is None) == (kind == "none" or not record.aus)
+        absent = kind == "none" or (not record.aus and kind != "iou-silence")
+        assert (rewards.au is None) == absent
         assert 0.0 <= rewards.total <= MAX_REWARD + ROUNDING
         assert abs(rewards.total - sum(rewards.parts)) < ROUNDING
         assert all(0.0 <= b.iou <= 1.0 and b.matched_iou <= b.iou + ROUNDING for b in rewards.boxes)

@@ -16,6 +16,7 @@ KL_REFERENCE_TEXT = {
 AU_REWARD_TEXT = {
     "iou": "mean of the best min(n, k) IoUs (Eq. 3-4)",
     "iou-matched": "one-to-one matched IoU",
+    "iou-silence": "Eq. 3-4; without activated AUs 1 for no box",
     "f1": "F1 of AU names (Table 4)",
     "none": "not part of the reward (RLVR)",
 }

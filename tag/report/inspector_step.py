@@ -307,15 +307,17 @@ def au_arithmetic(entry: dict, n: int, kind: str) -> str:
     """How R_AU came about, spelled out with the numbers of this completion."""
     if kind == "none":
         return "not part of the reward in this run"
-    if n == 0:
-        return "absent: no activated AU on this face"
     boxes, value = entry["boxes"], entry["rewards"]["au"]
     k = min(len(boxes), MAX_BOXES)
+    if n == 0 and kind == "iou-silence":
+        return f"{value:.0f}: no activated AU on this face, and {f'{k} box(es)' if k else 'no box'}"
+    if n == 0:
+        return "absent: no activated AU on this face"
     if kind == "f1":
         return f"F1 of the AU names in the text against the {n} activated = {value:.3f}"
     if k == 0:
         return "0: no valid box"
-    if kind == "iou":
+    if kind in ("iou", "iou-silence"):
         ious = sorted((box["iou"] for box in boxes if box["counted"]), reverse=True)
         if len(ious) == 1:
             return f"IoU of its {'best' if k > 1 else 'one'} box = {value:.3f}"

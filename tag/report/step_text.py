@@ -24,7 +24,7 @@ def group_text(record: StepRecord, outcome: Outcome, scores: Scores, group: int)
     totals = reward_totals(record, knobs)[rows.start : rows.stop]  # (G,)
     normaliser = loss_normaliser(mask, knobs.loss_average, knobs.max_new_tokens)
     weights = token_weights(mask, knobs.loss_average)[:, 0] / normaliser  # (N,), the first token is never padding
-    boxes = ", ".join(f"{au.au} {list(au.box)}" for au in face.aus) or "no activated AU, so R_AU is absent"
+    boxes = ", ".join(f"{au.au} {list(au.box)}" for au in face.aus) or "no activated AU"
     head = ("i", "R_fmt", "R_ans", "R_AU", "R", "A", "|o|", "1000 w", "-1000 w A", "clipped", "policy", "KL", "loss")
     lines = [f"group {group + 1}: {visible(face.id)}, truth {face.label}; detector: {boxes}", SUM.format(*head)]
     sums = [0.0, 0.0, 0.0]
