@@ -63,6 +63,7 @@ def test_runs_differ_in_what_their_table_is_about(tmp_path):
     assert runs["tag-nobox"].flags == runs[f"tag-{MAIN}"].flags and runs["tag-nobox"].parent == "sft-nobox"
     assert runs["rlvr"].flags == (*runs[f"tag-{MAIN}"].flags, "--au-reward", "none")
     assert runs["tag-f1"].flags == (*runs[f"tag-{MAIN}"].flags, "--au-reward", "f1")
+    assert runs["tag-silence"].flags == (*runs[f"tag-{MAIN}"].flags, "--au-reward", "iou-silence")
     assert {runs[f"tag-{d}"].data for d in DOMAINS} == set(DOMAINS)
     assert all(set(runs[f"tag-{d}"].tests) == set(DOMAINS) for d in DOMAINS)
     planned = stages(tmp_path, list(runs.values()), (0, 1), 1)
@@ -72,7 +73,8 @@ def test_runs_differ_in_what_their_table_is_about(tmp_path):
 
 
 def test_only_what_the_tables_asked_for_need():
-    assert [r.name for r in study_runs(PROFILES["paper"], [4])] == ["sft", f"tag-{MAIN}", "rlvr", "tag-f1"]
+    rewards = ["sft", f"tag-{MAIN}", "rlvr", "tag-f1", "tag-silence"]
+    assert [r.name for r in study_runs(PROFILES["paper"], [4])] == rewards
     assert "rl-only" not in {r.name for r in study_runs(PROFILES["paper"], [1, 3, 4, 5])}
     with pytest.raises(ValueError, match="table 6"):
         study_runs(PROFILES["paper"], [6])

@@ -40,7 +40,13 @@ from tag.report.figures import (
 )
 from tag.studies.results import curve_of
 
-SHORT = {"rlvr": "RLVR", "tag-f1": "F1 of names", "tag-nobox": "TAG, boxes stripped", "rl-only": "RL only"}
+SHORT = {
+    "rlvr": "RLVR",
+    "tag-f1": "F1 of names",
+    "tag-silence": "TAG, silence paid",
+    "tag-nobox": "TAG, boxes stripped",
+    "rl-only": "RL only",
+}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -123,7 +129,7 @@ def panels(study: Path, chosen: Sequence[str] | None) -> list[tuple[str, dict]]:
             lines.setdefault(curve["run"], []).append(curve["lines"])
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(f"{study}: no curves of tools/run_study.py ({type(e).__name__}: {e})") from None
-    tag = next((name for name in lines if name.startswith("tag-")), None)
+    tag = next((name for name in lines if name.startswith("tag-") and name not in SHORT), None)
     chosen = list(chosen or [name for name in (tag, "rlvr", "tag-f1") if name in lines])
     for name in chosen:
         check(name in lines, f"{study}: no curve of {name!r}; there are {', '.join(lines) or 'none'}")

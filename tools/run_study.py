@@ -211,6 +211,7 @@ def write_tables(args, manifest: Path, settings: dict) -> None:
     main = args.main or results.tests[0]
     card = study_card(args, settings) | {"figure_5": {"paper": paper.get("figure_5"), "ours": curves(results)}}
     card["tag_after_sft_by_pointing"] = by_pointing(results, "sft", f"tag-{main}", main)
+    card["silence_after_sft_by_pointing"] = by_pointing(results, "sft", "tag-silence", main)
     write_json(args.out / "tables.json", card | {"tables": [as_json(t, paper) for t in tables]}, 1)
     text = "\n".join(markdown(t, paper) for t in tables)
     with replacing(args.out / "tables.md") as f:

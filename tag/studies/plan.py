@@ -7,8 +7,10 @@ A run is known by its name everywhere (folders, manifest, tables):
     sft           SFT on the traces of all data sets together
     sft-nobox     the same with the boxes stripped from the traces
     tag-DATASET   sft, then GRPO with the AU reward on one data set
-    rlvr          sft, then GRPO without an AU reward     } on the first
-    tag-f1        sft, then GRPO with the F1 of AU names  } data set
+    rlvr          sft, then GRPO without an AU reward     }
+    tag-f1        sft, then GRPO with the F1 of AU names  } on the first
+    tag-silence   sft, then GRPO with the AU reward, and  } data set
+                  paid for silence where no AU is active  }
     tag-nobox     sft-nobox, then GRPO with the AU reward }
 """
 
@@ -84,6 +86,7 @@ def study_runs(profile: Profile, tables: Sequence[int] = (1, 2, 3, 4, 5)) -> lis
         Run(f"tag-{MAIN}", "train_grpo.py", MAIN, every, "sft", grpo, frozenset((1, 2, 3, 4, 5))),
         Run("rlvr", "train_grpo.py", MAIN, main, "sft", (*grpo, "--au-reward", "none"), frozenset((2, 4))),
         Run("tag-f1", "train_grpo.py", MAIN, main, "sft", (*grpo, "--au-reward", "f1"), frozenset((4,))),
+        Run("tag-silence", "train_grpo.py", MAIN, main, "sft", (*grpo, "--au-reward", "iou-silence"), frozenset((4,))),
         Run("sft-nobox", "train_sft.py", "all", main, None, (*profile.sft, "--strip-bbox"), frozenset((3,))),
         Run("tag-nobox", "train_grpo.py", MAIN, main, "sft-nobox", grpo, frozenset((3,))),
         *(Run(f"tag-{d}", "train_grpo.py", d, every, "sft", grpo, frozenset((1, 5))) for d in DOMAINS if d != MAIN),

@@ -26,6 +26,7 @@ TITLES = {
     "sft-nobox": "SFT, boxes stripped",
     "rlvr": "SFT + RLVR (no AU reward)",
     "tag-f1": "SFT + RL, F1 of AU names",
+    "tag-silence": "SFT + TAG, silence paid (ours)",
     "tag-nobox": "SFT, boxes stripped + TAG",
 }
 PERCENT = {
@@ -70,7 +71,7 @@ def build_tables(results: Results, main: str | None = None, numbers: Sequence[in
     if main not in tests:
         raise DataError(f"no run was evaluated on {main!r}; there are {', '.join(tests)}")
     tag = f"tag-{main}"
-    own = {"base", "rl-only", "sft", "sft-nobox", "rlvr", "tag-f1", "tag-nobox", *(f"tag-{t}" for t in tests)}
+    own = {*TITLES, *(f"tag-{t}" for t in tests)}
     others = [Row(run, dict.fromkeys(tests, run)) for run in results.runs if run not in own]
 
     def row(run: str, title: str | None = None, where: Sequence[str] = (main,)) -> Row:
@@ -106,10 +107,10 @@ def build_tables(results: Results, main: str | None = None, numbers: Sequence[in
         Table(
             4,
             "The AU reward: F1 of names, or IoU of boxes",
-            [row("sft"), row("rlvr"), row("tag-f1"), row(tag, "SFT + TAG (IoU)")],
+            [row("sft"), row("rlvr"), row("tag-f1"), row(tag, "SFT + TAG (IoU)"), row("tag-silence")],
             [main],
             ["accuracy", "au_iou", "au_iou_matched", "au_f1", "boxes_per_trace"],
-            [(0, 2), (2, 3)],
+            [(0, 2), (2, 3), (0, 4), (3, 4)],
         ),
         Table(
             5,
