@@ -76,7 +76,7 @@ def run_script(script: ModuleType, argv: list[str], vlm: VLM, here: Dist, clock:
         stack.enter_context(replaced(script, "load_vlm", lambda *_: vlm))
         clock.start()
         try:
-            script.train(script.parse_args([*argv, "--no-memory-check"]), here)
+            script.train(script.parse_args([*argv, "--no-memory-check"]), here, resuming=False)
         except Enough:
             pass
 
