@@ -325,7 +325,8 @@ class RolloutEngine:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # no two replay at the same time
-        with torch.cuda.graph(graph, pool=pool):
+        # thread_local: what other threads do meanwhile (NCCL's watchdog, the writer of checkpoints) is no part of it.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self._compute_step(rows, cache, sampling)
         # KV that warm-up wrote lies at and behind each row's next column: written again before it is read.
         for tensor, value in zip(rows.tensors(), saved):

@@ -35,7 +35,7 @@ class Profile:
 
 
 PROFILES = {
-    # 3 seeds: 126 minutes measured on two cores with other work, two stages at a time (docs/results.md).
+    # 3 seeds: 55 minutes on two free cores, two stages at a time; 126 beside other work (docs/results.md).
     "paper": Profile(
         faces=(1200, 128, 500),
         seeds=(0, 1, 2),
