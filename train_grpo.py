@@ -286,6 +286,7 @@ def train(args, here: dist.Dist, resuming: bool) -> None:
                         )
                         terms.loss.backward()
                         stats.add(terms, here_mask, logprobs, entropy)
+                logprobs = entropy = terms = None  # if memory ran out, they hold what the failed pass had in it
             clock.updates.append(stats)
             dist.sum_replicated_gradients(list(params.values()), here)
             grad_norm = dist.clip_gradients(list(params.values()), args.clip_norm)
@@ -364,7 +365,7 @@ def train(args, here: dist.Dist, resuming: bool) -> None:
 
 def main() -> None:
     args = parse_args()
-    here = dist.setup(args.device, args.threads, not args.no_onednn)
+    here = dist.setup(args.device, args.threads, not args.no_onednn, args.hang_minutes)
     try:
         with claim_run_folder(args.out, "train_grpo.py", args, here) as resuming:  # nobody else's until we are done
             train(args, here, resuming)

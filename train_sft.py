@@ -201,6 +201,7 @@ def train(args, here: dist.Dist, resuming: bool) -> None:
                     loss.backward()
                     loss_sum += loss.detach()
                     computed += batch.num_tokens
+            logprobs = loss = None  # if memory ran out, they hold what the failed pass had in it
         dist.sum_replicated_gradients(list(params.values()), here)
 
         # 4. Update, unless the loss or the gradient is not finite on some rank.
@@ -248,7 +249,7 @@ def train(args, here: dist.Dist, resuming: bool) -> None:
 
 def main() -> None:
     args = parse_args()
-    here = dist.setup(args.device, args.threads, not args.no_onednn)
+    here = dist.setup(args.device, args.threads, not args.no_onednn, args.hang_minutes)
     try:
         with claim_run_folder(args.out, "train_sft.py", args, here) as resuming:  # nobody else's until we are done
             train(args, here, resuming)

@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import sys
+import traceback
 from collections.abc import Callable
 
 from tqdm import tqdm
@@ -71,6 +72,13 @@ def _nobody_reads() -> bool:
 def run(main: Callable[[], None]) -> None:
     """Call a script's main; bad usage or input becomes one line on stderr and exit code 2."""
 
+    def leave(code: int) -> None:
+        if _group_stands():  # the others wait for us: nothing on the way out may wait for them
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
+
     def say(text: str) -> None:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"[rank {rank}] "
@@ -82,18 +90,29 @@ def run(main: Callable[[], None]) -> None:
     except (UsageError, DataError) as e:
         if os.environ.get("RANK", "0") == "0" or not getattr(e, "everywhere", False):
             say(str(e))
-        sys.exit(2)
+        leave(2)
     except OSError as e:
         if e.errno == errno.EPIPE and _nobody_reads():  # `| head`, a pager that was left
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush complains
-            sys.exit(141)  # what a shell calls an end by SIGPIPE
+            leave(141)  # what a shell calls an end by SIGPIPE
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             raise
         where = e.filename or "an output file"
         say(f"{e.strerror}: {where}; the checkpoints are whole: make room, then repeat the same command")
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
+    finally:
+        error = sys.exc_info()[1]
+        if error is not None and not isinstance(error, SystemExit) and _group_stands():  # a defect of ours
+            traceback.print_exc()
+            leave(1)
+
+
+def _group_stands() -> bool:
+    """Whether this process is in a group that `tag.dist.cleanup` has left as it is."""
+    group = sys.modules.get("torch.distributed")  # not imported for this: most tools do without torch
+    return group is not None and group.is_available() and group.is_initialized()
 
 
 def check(condition: bool, message: str) -> None:

@@ -32,10 +32,10 @@ class AttentionBlock:
     Once padded to common lengths, for PyTorch's kernels, and once end to end, for flash-attn's variable-length one.
     """
 
-    queries: Tensor  # (S, Q) int64, padding points at position 0
-    keys: Tensor  # (S, K) int64, padding points at position 0
+    queries: Tensor  # (S, Q) int64, padding points anywhere
+    keys: Tensor  # (S, K) int64, padding points anywhere
     mask: Tensor  # (S, 1, Q, K) bool, True where a query sees a key
-    valid: Tensor  # (S * Q,) bool, which queries are real
+    valid: Tensor  # (sum of query lengths,) int64, which of the S * Q queries are real
     flat_queries: Tensor  # (sum of query lengths,) int64
     flat_keys: Tensor  # (sum of key lengths,) int64
     query_ends: Tensor  # (S + 1,) int32, 0 and where each segment's queries end in flat_queries
@@ -51,7 +51,10 @@ def make_block(segments: list[tuple[Tensor, Tensor]]) -> AttentionBlock:
     owns = [own for _, own in segments]
     seen = [torch.cat(pair) for pair in segments]
     S, Q, K = len(segments), max(map(len, owns)), max(map(len, seen))
-    queries, keys = torch.zeros(S, Q, dtype=torch.long), torch.zeros(S, K, dtype=torch.long)
+    # Padding points at all tokens in turn: if it pointed at one, the backward pass of gathering would add thousands of
+    # (zero) gradients to that one, one after another on a GPU.
+    bound = max(int(keys.max()) for keys in seen) + 1
+    queries, keys = (torch.arange(S * n).view(S, n) % bound for n in (Q, K))
     mask, valid = torch.zeros(S, Q, K, dtype=torch.bool), torch.zeros(S, Q, dtype=torch.bool)
     for s, (prefix, own) in enumerate(segments):
         p, t = len(prefix), len(own)
@@ -61,7 +64,8 @@ def make_block(segments: list[tuple[Tensor, Tensor]]) -> AttentionBlock:
         mask[s, :t, p : p + t] = torch.ones(t, t, dtype=torch.bool).tril()
         mask[s, t:, 0] = True  # padded queries see something, or some kernels give NaN; their result is dropped
     ends = [torch.tensor([0, *map(len, parts)]).cumsum(0).int() for parts in (owns, seen)]
-    return AttentionBlock(queries, keys, mask[:, None], valid.flatten(), torch.cat(owns), torch.cat(seen), *ends)
+    real = valid.flatten().nonzero().squeeze(1)  # as numbers: a mask would have the host wait for the GPU in each layer
+    return AttentionBlock(queries, keys, mask[:, None], real, torch.cat(owns), torch.cat(seen), *ends)
 
 
 def block_attention(

@@ -8,6 +8,7 @@ need no collective, so ranks may encode different numbers of faces at any time w
 import gc
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Dist:
     rank: int
     world: int
     device: torch.device
+    patience: timedelta = timedelta(hours=1)  # how long a collective waits for the other ranks
 
     @property
     def is_main(self) -> bool:
@@ -90,17 +92,21 @@ class Dist:
             dist.barrier()
 
 
-def setup(device: str = "auto", threads: int = 0, onednn: bool = True) -> Dist:
+def setup(device: str = "auto", threads: int = 0, onednn: bool = True, hang_minutes: float = 55.0) -> Dist:
     """Join the process group `torchrun` describes, or be alone. Call `cleanup` in a finally block.
 
-    threads: of the CPU, 0 = PyTorch's choice. onednn: False computes without that library (`tag.linear`).
+    threads: of the CPU, 0 = PyTorch's choice. onednn: False computes without that library (`tag.linear`). hang_minutes:
+    how long a stage may take, 0 = a day; a collective waits a little longer, so that the watch (`tag.watch`), which can
+    say who is waited for, comes first.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    patience = timedelta(minutes=hang_minutes + 5) if hang_minutes else timedelta(days=1)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(chosen)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and hardly two passes have the same
     else:
         chosen = torch.device(device)
     if threads:
@@ -111,10 +117,8 @@ def setup(device: str = "auto", threads: int = 0, onednn: bool = True) -> Dist:
             torch.backends.mkldnn.set_flags(False)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        # A first step may compile kernels and fill caches on one rank long before the others.
-        patience = timedelta(minutes=15)
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=patience, store=_attempt_store(patience))
-    return Dist(rank, world, chosen)
+    return Dist(rank, world, chosen, patience)
 
 
 def _attempt_store(timeout: timedelta) -> dist.Store | None:
@@ -132,14 +136,21 @@ def _attempt_store(timeout: timedelta) -> dist.Store | None:
 
 
 def cleanup() -> None:
-    """Leave the process group, if there is one.
+    """Leave the process group, if there is one. Call it in a finally block.
+
+    Not with NCCL and an error of this rank alone: the others wait for it inside a kernel, NCCL's orderly end waits for
+    them, and the error would be said when their patience is over. `tag.args.run` says it, and leaves without an end.
 
     Garbage first: FSDP2's modules and their optimizer hang together in cycles, and what still holds a communicator when
     the group goes makes gloo's threads abort the process at exit ("terminate called without an active exception").
     """
-    if dist.is_initialized():
-        gc.collect()
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    error = sys.exc_info()[1]
+    if error is not None and dist.get_backend() != "gloo" and not getattr(error, "everywhere", False):
+        return
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def shard(vlm: nn.Module, here: Dist, mode: str = "full", nodes: int | None = None) -> bool:
@@ -157,6 +168,8 @@ def shard(vlm: nn.Module, here: Dist, mode: str = "full", nodes: int | None = No
         mesh = init_device_mesh(here.device.type, (nodes, here.world // nodes), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(here.device.type, (here.world,), mesh_dim_names=("shard",))
+    for dim in range(mesh.ndim):  # groups that the mesh has made have a patience of their own
+        dist.distributed_c10d._set_pg_timeout(here.patience, mesh.get_group(dim))
     # Trained fp32 masters and frozen bf16 weights share a unit: both compute in the model's dtype, gradients are fp32.
     policy = MixedPrecisionPolicy(param_dtype=vlm.compute_dtype, reduce_dtype=torch.float32)
     whole = set(vlm.hf_model.model.visual.parameters())

@@ -16,8 +16,8 @@ from tag.errors import UsageError
 # Sampled-vs-scored log-prob difference per token: mean, 99th percentile, largest. In float32 engine and trainer differ
 # by summation order only. A state that hangs in the balance magnifies that: in a sound run one token of 200,000 was
 # found at 1.2e-4 (docs/log.md), so the largest is bounded ten times more loosely than the 99th percentile. In bfloat16
-# every layer rounds, so single tokens may differ a good deal while the mean stays small.
-MISMATCH_LIMITS = {"float32": (1e-5, 1e-4, 1e-3), "bfloat16": (0.05, 2.0, 2.0)}
+# every layer rounds, so single unlikely tokens may differ a good deal while the mean stays small; not yet measured.
+MISMATCH_LIMITS = {"float32": (1e-5, 1e-4, 1e-3), "bfloat16": (0.05, 2.0, 10.0)}
 RATIO_TOLERANCE = 1e-5
 KL_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3}
 

@@ -82,6 +82,8 @@ class Passes:
                 return
             if optimizer is not None:
                 optimizer.zero_grad(set_to_none=True)
+            if self.here.device.type == "cuda":  # the traceback is gone, and the loops have let go of their tensors
+                torch.cuda.empty_cache()
             self._halve()
             self.plan(self.groups)
 
@@ -90,7 +92,9 @@ class Passes:
         """Around the passes of one attempt: out of memory ends them."""
         try:
             yield
-        except torch.OutOfMemoryError:
+        except RuntimeError as e:
+            if not (isinstance(e, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(e) or "out of memory" in str(e)):
+                raise
             if not self.alone:
                 self._halve()
                 raise UsageError(
@@ -98,8 +102,6 @@ class Passes:
                     f"same command goes on with --micro-tokens {self.micro_tokens} and the same gradient ({self.file})"
                 ) from None
             self.failed = True
-        if self.failed and self.here.device.type == "cuda":  # the traceback, which held the activations, is gone
-            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def score(self, vlm, tower: Tensor, num_rows: int, num_steps: int, projector: str | None = None) -> Tensor:

@@ -72,6 +72,8 @@ class StepStats:
 
     def lap(self, name: str) -> None:
         """Time since the lap before this one counts as `name`."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # what a GPU has still to do belongs to this lap
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self.last
         self.last = now

@@ -62,6 +62,8 @@ class Watch:
         self.ended.set()
         self.moved.set()
         self.thread.join()
+        if exc and exc[0] is not None:  # this rank has failed: what it leaves names it to the others, who wait for it
+            return
         for file in self.folder.glob(f"rank-{self.here.rank:05d}.*"):
             file.unlink(missing_ok=True)
 

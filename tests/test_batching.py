@@ -234,7 +234,9 @@ def test_who_sees_whom_by_brute_force(pad_side):
 
     blocks = set()
     for block in batch.blocks:
-        valid = block.valid.view(block.queries.shape)
+        valid = torch.zeros(block.queries.numel(), dtype=torch.bool)
+        valid[block.valid] = True
+        valid = valid.view(block.queries.shape)
         for s, _, q, k in block.mask.nonzero().tolist():
             if valid[s, q]:
                 pair = (int(block.queries[s, q]), int(block.keys[s, k]))

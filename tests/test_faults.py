@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from test_checkpoint import ALONE
 
 import train_grpo
 import train_sft
-from tag import checkpoint, runlog
+from tag import checkpoint, dist, runlog
+from tag.args import run
 from tag.bench.forks import reward_of_text
 from tag.data.faces import Faces
 from tag.data.records import read_records
@@ -241,6 +243,43 @@ def test_a_run_that_runs_out_of_memory_goes_on(call, work, flags, monkeypatch, s
     a, b = (load_file(work / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "out"))
     for name in a:
         torch.testing.assert_close(b[name], a[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_a_failed_pass_had_in_memory_is_let_go_of_before_the_next_attempt(call, work, flags, monkeypatch, script):
+    """Memory that runs out in a backward pass: the graph of that pass is most of it."""
+    original, backward, seen, alive = VLM.forward, torch.Tensor.backward, [], []
+
+    class Mark(torch.autograd.Function):
+        """The identity; its object lives as long as the graph that it is in."""
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.object = type("Anything", (), {})()
+            seen.append(weakref.ref(ctx.object))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    def forward(self, batch, tower, projector=None):
+        alive.append([ref() is not None for ref in seen])
+        logprobs, entropy = original(self, batch, tower, projector)
+        return (Mark.apply(logprobs) if logprobs.requires_grad else logprobs), entropy
+
+    def fails_once(self, *args, **kwargs):
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+    monkeypatch.setattr(VLM, "forward", forward)
+    monkeypatch.setattr(torch.Tensor, "backward", fails_once)
+    code, _, err = call(script, flags(script, micro_tokens=4096, eval_faces=0))
+    assert code == 0, err
+    after = next(states for states in alive if states)  # when the second attempt begins
+    assert after == [False]
+    assert "out_of_memory" in {f["kind"] for f in faults(work / "out")}
 
 
 # ---------------------------------------------------------------- images
@@ -531,3 +570,58 @@ def test_what_one_rank_meets_all_ranks_do(server, work, flags):
         if ended.codes == [0, 0]:
             break
     assert ended.codes == [0, 0], ended.output[-3000:]
+
+
+# ---------------------------------------------------------------- an error of one rank
+
+
+@pytest.mark.parametrize("backend, everywhere, destroyed", [("nccl", False, 0), ("nccl", True, 1), ("gloo", False, 1)])
+def test_a_group_whose_other_ranks_wait_for_this_one_is_left_as_it_is(monkeypatch, backend, everywhere, destroyed):
+    """NCCL's orderly end waits for ranks that are inside a kernel; gloo's does not."""
+    calls = []
+    group = "tag.dist.dist"
+    monkeypatch.setattr(f"{group}.is_initialized", lambda: True)
+    monkeypatch.setattr(f"{group}.get_backend", lambda: backend)
+    monkeypatch.setattr(f"{group}.destroy_process_group", lambda: calls.append(1))
+    with pytest.raises(UsageError):
+        try:
+            raise UsageError("no face", everywhere=everywhere)
+        finally:
+            dist.cleanup()
+    assert len(calls) == destroyed
+    dist.cleanup()  # without an error: always
+    assert len(calls) == destroyed + 1
+
+
+@pytest.mark.parametrize("error, code", [(UsageError("no face"), 2), (ZeroDivisionError("a defect"), 1), (None, None)])
+def test_who_leaves_such_a_group_says_why_and_waits_for_nobody(monkeypatch, capsys, error, code):
+    def main() -> None:
+        if error is not None:
+            raise error
+
+    class Left(SystemExit):
+        pass
+
+    def leave(number: int) -> None:
+        raise Left(number)
+
+    monkeypatch.setattr("tag.args._group_stands", lambda: True)
+    monkeypatch.setattr(os, "_exit", leave)
+    if error is None:
+        return run(main)
+    with pytest.raises(Left, match=str(code)):
+        run(main)
+    assert str(error) in capsys.readouterr().err
+
+
+def test_the_heartbeat_of_a_rank_that_failed_stays_and_names_it(tmp_path):
+    watch = Watch(tmp_path, ALONE, slow=0, hang=0)
+    with pytest.raises(DataError):
+        with watch:
+            watch.at("images", 3, ["synth-train-7"])
+            raise DataError("no face")
+    left = json.loads((tmp_path / "heartbeat" / "rank-00000.json").read_text())
+    assert left["rank"] == 0
+    with Watch(tmp_path, ALONE, slow=0, hang=0):
+        pass
+    assert not (tmp_path / "heartbeat" / "rank-00000.json").exists()

@@ -16,6 +16,9 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 
+# No two passes have the same shapes: memory in segments that grow does not fall to pieces over a run.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+
 # torchrun forwards these signals, and then waits so long for a step to be finished and saved (docs/reliability.md).
 torchrun --standalone --nproc-per-node "${GPUS:-4}" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 120 "$root/train_grpo.py" \

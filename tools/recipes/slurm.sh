@@ -13,12 +13,13 @@
 #     sbatch --nodes 4 tools/recipes/slurm.sh train_grpo.py --data ... --adapter ... --out SHARED/runs/tag-7b
 #
 # Five minutes before its time is up (--signal), and when it is pre-empted (SIGTERM), the run finishes its step, saves
-# and ends; the job then goes back into the queue and resumes. A step has to be shorter than the notice: lengthen it
-# with sbatch --signal=USR1@600. GPUS, RESTARTS, GRACE as in nodes.sh. This script is copied by sbatch: submit it from
-# the repository, or set TAG_ROOT.
+# and ends; the job then goes back into the queue and resumes. A step, with its evaluation, has to be shorter than GRACE
+# (here 270 seconds), and GRACE than the notice: lengthen both, GRACE=570 sbatch --signal=USR1@600. GPUS, RESTARTS,
+# IFNAME as in nodes.sh. This script is copied by sbatch: submit it from the repository, or set TAG_ROOT.
 set -euo pipefail
 root="${TAG_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}"
 
+export GRACE="${GRACE:-270}"
 export NODES="${NODES:-$SLURM_NNODES}" JOB="${JOB:-tag-$SLURM_JOB_ID}" GPUS="${GPUS:-${SLURM_GPUS_ON_NODE:-4}}"
 export HEAD="${HEAD:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))}"
 code=0
