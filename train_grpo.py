@@ -7,7 +7,7 @@
 Each step: sample G completions per face -> reward their parts -> advantages within each group -> log-probs under policy
 and reference -> clipped loss with KL -> backward -> update -> log -> save.
 
-Departures from the paper, each with a switch (docs/grpo.md says why):
+Departures from the paper (docs/grpo.md has the reason of each, and its switch if there is one):
 1. KL is measured to the SFT model (`--kl-reference sft`); Eq. 2 writes pi_old there, which would make the term vanish.
 2. The ratio is per token, as in DeepSeekMath and verl (`--ratio-level sequence` is GSPO's).
 3. R_AU: no box earns 0, only the first three boxes count, and on a face without activated AUs the part is absent.
@@ -327,7 +327,7 @@ def train(args, here: dist.Dist, resuming: bool) -> None:
         enforce(complaints, args.waive_gates, step, log.write, args.out)
         guard.count_skipped(skipped)
 
-        # 8. Log, evaluate, save.
+        #    Then log, evaluate, save.
         everyone = [r for rank in here.gather(rewards) for r in rank]  # groups stay whole
         metrics = {
             **reward_means(everyone),
