@@ -309,10 +309,10 @@ def au_arithmetic(entry: dict, n: int, kind: str) -> str:
         return "not part of the reward in this run"
     boxes, value = entry["boxes"], entry["rewards"]["au"]
     k = min(len(boxes), MAX_BOXES)
-    if n == 0 and kind == "iou-silence":
-        return f"{value:.0f}: no activated AU on this face, and {f'{k} box(es)' if k else 'no box'}"
     if n == 0:
-        return "absent: no activated AU on this face"
+        if kind != "iou-silence":
+            return "absent: no activated AU on this face"
+        return f"{value:.0f}: no activated AU on this face, and {f'{k} box(es)' if k else 'no box'}"
     if kind == "f1":
         return f"F1 of the AU names in the text against the {n} activated = {value:.3f}"
     if k == 0:
