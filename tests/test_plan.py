@@ -6,6 +6,7 @@ pytest tests/test_plan.py -m slow      # memory of more cases, two processes amo
 
 import json
 import re
+import threading
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -221,9 +222,28 @@ def test_allocations_are_seen_by_stage_and_inside_operators():
     assert found.left["gone"] <= small
 
 
+def test_a_release_by_another_thread_is_seen():
+    """As by gloo's, which may be the last to hold a gathered layer: the profiler itself follows one thread only."""
+    held = [torch.zeros(3_000_000)]  # from before the block: neither it nor its release counts
+    with AllocatedBytes(CPU) as found:
+        held.append(torch.zeros(1_000_000))
+        found.lap("taken")
+        for let_go in (held.pop, held.pop):
+            thread = threading.Thread(target=let_go)
+            thread.start()
+            thread.join()
+        found.lap("let go")
+        torch.zeros(500_000)
+        found.lap("after")
+    assert found.left["taken"] == found.peaks["taken"] == 4_000_000
+    assert found.left["let go"] == found.left["after"] == 0 and found.peaks["after"] == 2_000_000
+
+
 def check_case(case: Case, tolerance: float = 0.10) -> None:
     lines = bench_memory.in_processes(case) if case.world > 1 else compare(case, *measure_case(case, ALONE))
-    assert lines and all(abs(line["error"]) <= tolerance for line in lines), lines
+    assert lines
+    for line in lines:
+        assert abs(line["error"]) <= tolerance, line
 
 
 def test_memory_of_an_update():
@@ -260,6 +280,11 @@ def test_the_committed_table_is_of_todays_model():
             assert abs(line["error"]) <= 0.10, line
             seen += 1
     assert seen == len(lines)
+    page = (ROOT / "docs" / "planning.md").read_text()
+    for line in content["cases"]:
+        figures = f"{line['measured_mib']:.1f} | {line['predicted_mib']:.1f} | {100 * line['error']:+.1f} % |"
+        found = [row for row in page.splitlines() if row.startswith(f"| {line['case']} |") and row.endswith(figures)]
+        assert any(f"| {line['stage']} | {line['processes']} |" in row for row in found), line
 
 
 def test_memory_moves_with_what_is_turned():

@@ -128,6 +128,8 @@ def sampling(shape: Shape, run: Run, free: int = 2**62) -> Items:
     plan = kv(shape, run, free)
     tokens = min(max(1, PREFILL_TOKENS // plan.prompt_length), plan.slots) * plan.prompt_length
     width = 3 * shape.mlp + 8 * shape.hidden + 2 * shape.kv_width  # a layer's attention is not let go before its MLP
+    if not run.gpu and run.item == FLOAT32:
+        width += shape.mlp  # oneDNN copies what it multiplies next: half of each row of the joint gate-up product
     prefill = tokens * run.item * (shape.kv_per_token + width)
     logits = plan.rows * shape.vocab * (FLOAT32 + FLOAT64 + (FLOAT32 if run.item < FLOAT32 else 0))
     scores = 2 * plan.rows * shape.heads * (plan.prompt_length + plan.length) * FLOAT32
