@@ -116,7 +116,7 @@ def train(args, here: dist.Dist, resuming: bool) -> None:
 
     # ---- model: LoRA -> freeze -> activation checkpointing -> shard -----------------------------------------------
     vlm = load_vlm(args.model, args.dtype, here.device)
-    vlm.dense_attention, vlm.frozen_shortcut = args.dense_attention, not args.no_frozen_shortcut
+    vlm.compute_by(args.dense_attention, not args.no_frozen_shortcut, args.hf_tower)
     torch.manual_seed(args.seed)
     if args.adapter:
         load_adapter(vlm.hf_model, args.adapter)

@@ -127,7 +127,7 @@ RUNTIME_FLAGS = frozenset(
     {"preset", "out", "micro_tokens", "device", "threads", "save_every", "keep_checkpoints", "rollout_rows"}
     | {"activation_checkpointing", "kv_gb", "cuda_graphs", "compile", "workers", "no_fused_optimizer"}
     | {"dense_attention", "no_memory_check", "no_onednn", "no_frozen_shortcut", "no_fused_projections", "token_cache"}
-    | {"save_minutes", "max_skipped", "slow_minutes", "hang_minutes", "on_bad_image"}
+    | {"save_minutes", "max_skipped", "slow_minutes", "hang_minutes", "on_bad_image", "hf_tower"}
     | {"shard", "stop_after", "cache_gb", "record_every", "record_state", "record_budget_mb", "waive_gates"}
 )
 
@@ -150,6 +150,7 @@ def add_running_flags(p: Parser, micro_tokens: int, save_every: int) -> Callable
     a("--dense-attention", action="store_true", help="one L x L mask for a row instead of blocks that see each other")
     a("--no-fused-optimizer", action="store_true", help="AdamW parameter by parameter instead of in one kernel")
     a("--no-onednn", action="store_true", help=NO_ONEDNN)
+    a("--hf-tower", action="store_true", help="vision tower: windows one by one, patches by a 3-D convolution")
     a("--no-frozen-shortcut", action="store_true", help="the output head's logits again in the backward pass")
     a("--no-fused-projections", action="store_true", help="rollouts: q, k, v and gate, up by matrix products apart")
     a("--activation-checkpointing", action="store_true", help="recompute activations in the backward pass")

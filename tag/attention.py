@@ -93,19 +93,19 @@ def block_attention(
 def _padded(block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
     """PyTorch's own kernels on padded segments. q (R * L, heads, D); returns (sum of query lengths, heads, D)."""
     (S, Q), repeat = block.queries.shape, q.shape[1] // k.shape[1]
-    qb = q[block.queries].transpose(1, 2)  # (S, heads, Q, D)
-    kb, vb = (x[block.keys].transpose(1, 2).repeat_interleave(repeat, dim=1) for x in (k, v))  # (S, heads, K, D)
+    qb = _take(q, block.queries).transpose(1, 2)  # (S, heads, Q, D)
+    kb, vb = (_take(x, block.keys).transpose(1, 2).repeat_interleave(repeat, dim=1) for x in (k, v))  # (S, heads, K, D)
     ob = F.scaled_dot_product_attention(qb, kb, vb, attn_mask=block.mask, scale=scaling)  # (S, heads, Q, D)
-    return ob.transpose(1, 2).reshape(S * Q, *q.shape[1:])[block.valid]
+    return _take(ob.transpose(1, 2).reshape(S * Q, *q.shape[1:]), block.valid)
 
 
 def _flash(block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
     """flash-attn on segments end to end. Its causal mask is aligned at the end, so what a segment has more keys than
     queries (the prefix) is seen by all of them."""
     return flash_attn_varlen_func(
-        q[block.flat_queries],
-        k[block.flat_keys],
-        v[block.flat_keys],
+        _take(q, block.flat_queries),
+        _take(k, block.flat_keys),
+        _take(v, block.flat_keys),
         block.query_ends,
         block.key_ends,
         block.queries.shape[1],
@@ -113,6 +113,11 @@ def _flash(block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor, scaling: floa
         softmax_scale=scaling,
         causal=True,
     )
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], with a backward pass that adds rows up; that of x[index] does so number by number, ten times slower."""
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 AttentionInterface.register(NAME, block_attention)

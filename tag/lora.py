@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tag.errors import DataError
 from tag.files import replacing, write_tensors
-from tag.linear import linear
+from tag.linear import add_linear, linear
 
 # Every attention and MLP linear of a Qwen2.5-VL decoder layer (paper C.1).
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -64,7 +64,7 @@ class LoRALinear(nn.Module):
         x = F.dropout(x, self.dropout[self.active], self.training)
         h = linear(x.reshape(-1, x.shape[-1]), A)  # (tokens, r)
         # One product that adds into y: as y + s * (h B^T) it would be two more passes over (tokens, out).
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h, B.T, alpha=self.scaling[self.active]).view_as(y)
+        return add_linear(y.reshape(-1, y.shape[-1]), h, B, self.scaling[self.active]).view_as(y)
 
     @torch.no_grad()
     def merged_weight(self, name: str | None) -> Tensor:

@@ -49,8 +49,8 @@ class RecordedModel:
         adapter = _existing(adapter or args["adapter"], "adapter", "--adapter")
         self.vlm = load_vlm(model or args["model"], args["dtype"], here.device)
         # How it was computed, which moves results by rounding; not said by runs from before there were these flags.
-        self.vlm.dense_attention = args.get("dense_attention", False)
-        self.vlm.frozen_shortcut = not args.get("no_frozen_shortcut", False)
+        dense, apart, hf_tower = (args.get(f, False) for f in ("dense_attention", "no_frozen_shortcut", "hf_tower"))
+        self.vlm.compute_by(dense, not apart, hf_tower)
         # The order of train_grpo.py, so that parameters have the same names and the reference the same weights.
         self.vlm.keep_projector("base")
         load_adapter(self.vlm.hf_model, adapter, "policy")

@@ -29,6 +29,7 @@ from tag.grpo import token_logprobs_and_entropy
 from tag.linear import use_onednn
 from tag.lora import LoRALinear, full_tensor
 from tag.prompts import TAG_PROMPT
+from tag.tower import use_one_size
 
 PROJECTOR = "model.visual.merger"  # trained in full in SFT
 TINY_MODEL = Path(__file__).parent / "assets" / "tiny-qwen2.5-vl"
@@ -60,6 +61,13 @@ class VLM(nn.Module):
         self.grid = MODEL_SIZE // vision.patch_size  # 16 patches a side
         self.tokens_per_image = (self.grid // self.merge_size) ** 2  # K
         self.window = vision.window_size // vision.patch_size // self.merge_size  # merged tokens a window side
+        use_one_size(hf_model.model.visual, self.grid)
+
+    def compute_by(self, dense_attention: bool = False, frozen_shortcut: bool = True, hf_tower: bool = False) -> None:
+        """How it computes: attention in rows instead of blocks, no gradient of a frozen head on the way forward, the
+        vision tower as transformers has it. None of it changes a result beyond rounding."""
+        self.dense_attention, self.frozen_shortcut = dense_attention, frozen_shortcut
+        use_one_size(self.hf_model.model.visual, self.grid, on=not hf_tower)
 
     @property
     def device(self) -> torch.device:
@@ -161,7 +169,7 @@ class VLM(nn.Module):
             **self._attention(batch, embeds.dtype),
             use_cache=False,
         ).last_hidden_state  # (R, L, H)
-        hidden = hidden.flatten(0, 1)[batch.sources]  # (M, H), only what predicts a completion token
+        hidden = hidden.flatten(0, 1).index_select(0, batch.sources)  # (M, H), only what predicts a completion token
         head = self.hf_model.lm_head.weight
         return token_logprobs_and_entropy(hidden, head, batch.targets, frozen_shortcut=self.frozen_shortcut)
 

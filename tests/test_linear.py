@@ -71,6 +71,36 @@ def test_adding_into_the_residual_stream():
     assert torch.equal(y, before)
 
 
+@pytest.mark.parametrize("trained", ["yxw", "yx", "xw", "x", "w"])
+@pytest.mark.parametrize("sizes", [(24, 40), (4, 300), (300, 4), (300, 260)])  # the last three: wide gradients
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_gradients_of_adding(trained, sizes, scale):
+    I, O = sizes
+    values = {"y": made(6, O, seed=0), "x": made(6, I, seed=1), "w": made(O, I, seed=2)}
+    upstream, found = made(6, O, seed=3), []
+    for on in (True, False):
+        leaves = {name: t.clone().requires_grad_(name in trained) for name, t in values.items()}
+        with torch.backends.mkldnn.flags(enabled=on), Products() as seen:
+            out = add_linear(*leaves.values(), scale)
+            out.backward(upstream)
+        assert ("_linear_pointwise" in seen.names) is on and ("addmm" in seen.names) is not on
+        assert all((leaf.grad is not None) == (name in trained) for name, leaf in leaves.items())
+        found.append([out.detach(), *(leaf.grad for leaf in leaves.values() if leaf.grad is not None)])
+        assert all(torch.equal(leaf.detach(), values[name]) for name, leaf in leaves.items())
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(4, 300), (300, 4), (300, 260), (260, 300)])
+def test_gradients_of_wide_weights(sizes):
+    I, O = sizes
+    x, w, upstream = made(2, 5, I, seed=0), made(O, I, seed=1).requires_grad_(), made(2, 5, O, seed=2)
+    with Products() as seen:
+        linear(x, w).backward(upstream)
+    assert seen.names == ["_linear_pointwise"] * 2
+    torch.testing.assert_close(w.grad, upstream.flatten(0, 1).t() @ x.flatten(0, 1), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("on", [True, False])
 def test_the_switch_chooses_the_library(on):
     x, w = made(4, 8, seed=0), made(5, 8, seed=1)

@@ -320,7 +320,7 @@ def test_an_adapter_made_by_peft_loads_here_with_equal_logits(tmp_path):
     ours = make_vlm()
     assert load_adapter(ours.hf_model, tmp_path) == (PROJECTOR,)
     assert {path.rsplit(".", 1)[1] for path in lora_layers(ours.hf_model)} == {"q_proj", "v_proj", "down_proj"}
-    torch.testing.assert_close(logits(ours), logits(base, theirs), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(ours), logits(base, theirs), atol=3e-5, rtol=1e-5)  # rounding: s (h B) or (s h) B
 
 
 @pytest.fixture(scope="module")

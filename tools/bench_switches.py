@@ -45,7 +45,8 @@ from tag.lora import add_lora, save_adapter
 from tag.synth.dataset import write_dataset
 
 BASE = "as it is"
-COMMON = ("dense-attention", "no-frozen-shortcut", "no-fused-optimizer", "cache-gb 0", "no-onednn")
+TOWER = ("cache-gb 0", "cache-gb 0, hf-tower")  # the tower has no part in a step whose faces it has seen
+COMMON = ("dense-attention", "no-frozen-shortcut", "no-fused-optimizer", "no-onednn", *TOWER)
 SIDES = {
     "grpo": ("no-prefix-sharing", *COMMON, "no-fused-projections", "rollout-backend hf", "beta 0"),
     "sft": ("no-pack", *COMMON, "cache-gb 0, workers 2"),

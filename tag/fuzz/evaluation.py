@@ -4,6 +4,7 @@ the files that a study is read from. What a target is: `tag.fuzz.targets`."""
 import json
 from collections.abc import Callable, Hashable
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -151,7 +152,7 @@ def card(data: bytes) -> Hashable:
 
 def manifest(data: bytes) -> Hashable:
     """A study's runs.json: runs on the same faces, or one line."""
-    _evaluations()
+    _evaluations(folder())
     try:
         found = read_results(file_of(data, "runs.json"))
     except DataError as e:
@@ -174,11 +175,11 @@ def curve(data: bytes) -> Hashable:
 
 
 @cache
-def _evaluations() -> None:
-    """Two evaluations of the same faces and a run's curve, for manifests to name."""
+def _evaluations(where: Path) -> None:
+    """Two evaluations of the same faces and a run's curve, for manifests to name; a fork has a place of its own."""
     for name, text in zip(("one", "two"), TEXTS):
-        write_predictions(folder() / name / "predictions.jsonl", [make_prediction(r, text, 9) for r in RECORDS])
-    (folder() / "one" / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5}\n')
+        write_predictions(where / name / "predictions.jsonl", [make_prediction(r, text, 9) for r in RECORDS])
+    (where / "one" / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5}\n')
 
 
 FINGERPRINT = {"model": {"backend": "engine", "adapter": None}, "prompt": "ab", "decoding": {"max_boxes": 3}}
