@@ -8,7 +8,7 @@
 The same weights, faces, prompt, reward, group size, LoRA rank and layers, KL on, and every completion of both sides
 exactly --max-new-tokens long. A step's time is from one step's end to the next, with everything in between. Where it
 goes: sample (encoding faces and drawing completions), score (forward passes of policy and reference), backward, other.
-Beside the JSON stands the same as stacked bars (.svg).
+Beside the JSON stands the same as stacked bars (.svg). The sides take turns, --rounds times, each with a warm-up.
 
 What was done for TRL: all completions in one forward pass, activations recomputed only if ours are (its default is
 always), one generation a step, fused AdamW, images decoded beforehand. What was done against us: the cache of vision
@@ -42,9 +42,9 @@ from tag.synth.dataset import write_dataset
 
 PARTS = ("sample", "score", "backward", "other")
 SIZES = {
-    "tiny": dict(rollouts=32, max_new_tokens=62, lora_rank=16),
-    "small": dict(rollouts=8, max_new_tokens=8, lora_rank=4),
-    "7b": dict(rollouts=16, max_new_tokens=256, lora_rank=128),
+    "tiny": dict(rollouts=32, max_new_tokens=62, lora_rank=16, rounds=3),
+    "small": dict(rollouts=8, max_new_tokens=8, lora_rank=4, rounds=1),
+    "7b": dict(rollouts=16, max_new_tokens=256, lora_rank=128, rounds=1),  # each loads the model twice
 }
 
 
@@ -57,23 +57,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--lora-rank", type=int, help="default: 16, 7b: 128")
     p.add_argument("--beta", type=float, default=0.04)
     p.add_argument("--micro-tokens", type=int, default=16384, help="tokens of one of our forward passes")
+    p.add_argument("--rounds", type=int, help="each side takes its turn so often (default: 3, small and 7b: 1)")
     p.add_argument("--cuda-graphs", action="store_true", help="our engine replays its decoding step as a graph")
     args = with_sizes(p.parse_args(argv), SIZES)
     check(args.rollouts % args.group_size == 0, "--rollouts must be a multiple of --group-size")
+    check(1 <= args.rounds <= args.repeats, "--rounds must be between 1 and --repeats")
     if args.peer == "trl":
         trl_side.require_trl()
     return args
 
 
-def our_steps(args, folder: Path, here: dist.Dist) -> list[dict]:
-    """Steps of train_grpo.py."""
+def our_steps(args, folder: Path, records: list, here: dist.Dist, number: int) -> list[dict]:
+    """Steps of train_grpo.py in one round, which finds the records in `folder`."""
     vlm = bench_vlm(args.config, here.device, args.dtype)
     add_lora(vlm.hf_model, args.lora_rank, 2.0 * args.lora_rank, 0.0)
     save_adapter(vlm.hf_model, folder / "adapter")
     vlm.eos_id = -1  # no completion ends by itself
     steps = args.warmup + args.repeats
     flags = {
-        "data": folder, "adapter": folder / "adapter", "out": folder / "ours", "dtype": args.dtype,
+        "data": folder, "adapter": folder / "adapter", "out": folder / f"ours-{number}", "dtype": args.dtype,
         "group-size": args.group_size, "rollouts-per-step": args.rollouts, "max-steps": steps,
         "max-new-tokens": args.max_new_tokens, "micro-tokens": args.micro_tokens, "rollout-rows": args.rollouts,
         "beta": args.beta, "eval-faces": 0, "record-every": 0, "save-every": 0, "cache-gb": 0,
@@ -87,15 +89,15 @@ def our_steps(args, folder: Path, here: dist.Dist) -> list[dict]:
     return clock.measured
 
 
-def trl_steps(args, folder: Path, records: list, here: dist.Dist) -> list[dict]:
-    """Steps of TRL's GRPOTrainer."""
+def trl_steps(args, folder: Path, records: list, here: dist.Dist, number: int) -> list[dict]:
+    """Steps of TRL's GRPOTrainer in one round."""
     from trl import GRPOTrainer
 
     vlm = bench_vlm(args.config, here.device, args.dtype)
     clock = StepClock(here.device, args.warmup, args.repeats, args.seconds / 2)
     settings = trl_side.common(
-        str(folder / "trl"), args.warmup + args.repeats, args.rollouts, here.device.type, args.dtype == "bfloat16",
-        args.activation_checkpointing,
+        str(folder / f"trl-{number}"), args.warmup + args.repeats, args.rollouts, here.device.type,
+        args.dtype == "bfloat16", args.activation_checkpointing,
     )  # fmt: skip
     with (
         clock.clock.wrapping(GRPOTrainer, "_generate", "sample"),
@@ -111,6 +113,9 @@ def trl_steps(args, folder: Path, records: list, here: dist.Dist) -> list[dict]:
     return clock.measured
 
 
+STEPS = {"ours": our_steps, "trl": trl_steps}
+
+
 def summary(steps: list[dict]) -> dict:
     """Median of the whole step and of each part."""
     return {part: median([step.get(part, 0.0) for step in steps]) for part in ("total", *PARTS, "cpu")}
@@ -122,15 +127,18 @@ def main(argv: list[str] | None = None) -> None:
     here = dist.setup(args.device, args.threads, not args.no_onednn)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        count = (args.warmup + args.repeats) * args.rollouts // args.group_size
+        one_round = argparse.Namespace(**vars(args))
+        one_round.repeats, one_round.seconds = -(-args.repeats // args.rounds), args.seconds / args.rounds
+        count = (args.warmup + one_round.repeats) * args.rollouts // args.group_size
         records = write_dataset(folder, "train", count, workers=1)
         write_records(folder / "train.jsonl", records)
-        sides = {"ours": our_steps(args, folder, here)}
-        gc.collect()
-        if here.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if args.peer == "trl":
-            sides["trl"] = trl_steps(args, folder, records, here)
+        sides = {"ours": []} | ({"trl": []} if args.peer == "trl" else {})
+        for number in range(args.rounds):  # in turn, so that what else the machine does meets both
+            for side, steps in sides.items():
+                steps += STEPS[side](one_round, folder, records, here, number)
+                gc.collect()
+                if here.device.type == "cuda":
+                    torch.cuda.empty_cache()
     medians = {side: summary(steps) for side, steps in sides.items()}
     tokens = args.rollouts * args.max_new_tokens
     results = {"unit": "s", "medians": medians, "completion_tokens": tokens, "steps": sides}
