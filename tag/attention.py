@@ -68,6 +68,17 @@ def make_block(segments: list[tuple[Tensor, Tensor]]) -> AttentionBlock:
     return AttentionBlock(queries, keys, mask[:, None], real, torch.cat(owns), torch.cat(seen), *ends)
 
 
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], x (N, ...), for an index of any shape that repeats itself: a prompt is seen by its whole group.
+
+    On a GPU the backward pass of x[index] sorts, and adds up in fp32 and in one order; that of `index_select` would
+    round a bfloat16 sum after every term. On a CPU the first adds number by number, and the second is ten times faster.
+    """
+    if x.is_cuda:
+        return x[index]
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
 def block_attention(
     module: nn.Module,
     query: Tensor,
@@ -93,19 +104,20 @@ def block_attention(
 def _padded(block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
     """PyTorch's own kernels on padded segments. q (R * L, heads, D); returns (sum of query lengths, heads, D)."""
     (S, Q), repeat = block.queries.shape, q.shape[1] // k.shape[1]
-    qb = _take(q, block.queries).transpose(1, 2)  # (S, heads, Q, D)
-    kb, vb = (_take(x, block.keys).transpose(1, 2).repeat_interleave(repeat, dim=1) for x in (k, v))  # (S, heads, K, D)
+    qb = take_rows(q, block.queries).transpose(1, 2)  # (S, heads, Q, D)
+    kb, vb = (take_rows(x, block.keys).transpose(1, 2) for x in (k, v))  # (S, kv heads, K, D)
+    kb, vb = (x.repeat_interleave(repeat, dim=1) for x in (kb, vb))  # (S, heads, K, D)
     ob = F.scaled_dot_product_attention(qb, kb, vb, attn_mask=block.mask, scale=scaling)  # (S, heads, Q, D)
-    return _take(ob.transpose(1, 2).reshape(S * Q, *q.shape[1:]), block.valid)
+    return take_rows(ob.transpose(1, 2).reshape(S * Q, *q.shape[1:]), block.valid)
 
 
 def _flash(block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
     """flash-attn on segments end to end. Its causal mask is aligned at the end, so what a segment has more keys than
     queries (the prefix) is seen by all of them."""
     return flash_attn_varlen_func(
-        _take(q, block.flat_queries),
-        _take(k, block.flat_keys),
-        _take(v, block.flat_keys),
+        take_rows(q, block.flat_queries),
+        take_rows(k, block.flat_keys),
+        take_rows(v, block.flat_keys),
         block.query_ends,
         block.key_ends,
         block.queries.shape[1],
@@ -113,11 +125,6 @@ def _flash(block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor, scaling: floa
         softmax_scale=scaling,
         causal=True,
     )
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x[index], with a backward pass that adds rows up; that of x[index] does so number by number, ten times slower."""
-    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 AttentionInterface.register(NAME, block_attention)

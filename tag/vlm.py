@@ -21,6 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils.logging import disable_progress_bar
 
 from tag.attention import NAME as ATTENTION
+from tag.attention import take_rows
 from tag.boxes import MODEL_SIZE, Canvas
 from tag.data.batching import Batch, Prompt
 from tag.data.tokens import encode_completion
@@ -169,7 +170,7 @@ class VLM(nn.Module):
             **self._attention(batch, embeds.dtype),
             use_cache=False,
         ).last_hidden_state  # (R, L, H)
-        hidden = hidden.flatten(0, 1).index_select(0, batch.sources)  # (M, H), only what predicts a completion token
+        hidden = take_rows(hidden.flatten(0, 1), batch.sources)  # (M, H), only what predicts a completion token
         head = self.hf_model.lm_head.weight
         return token_logprobs_and_entropy(hidden, head, batch.targets, frozen_shortcut=self.frozen_shortcut)
 
