@@ -180,6 +180,11 @@ def test_results_are_joined(tmp_path):
 # ---------------------------------------------------------------- the benches
 
 
+def test_the_peer_gets_the_model_as_its_users_have_it():
+    model = trl_side.as_users_have_it(make_vlm())
+    assert not [type(m) for m in model.modules() if type(m).__module__.startswith("tag.")]
+
+
 @pytest.mark.parametrize("name", ["bench_grpo", "bench_sft"])
 def test_without_trl_one_line_says_so(monkeypatch, capsys, name):
     monkeypatch.setattr(trl_side, "find_spec", lambda package: None if package == "trl" else object())

@@ -27,6 +27,7 @@ from tag.data.labels_csv import read_labels
 from tag.data.records import AU, Record, from_line, read_records, to_line, write_records
 from tag.errors import DataError
 from tag.fuzz import engine
+from tag.fuzz.inputs import file_of, folder, remove_folder
 from tag.fuzz.mutate import Mutator
 from tag.fuzz.targets import TARGETS, Target
 from tag.labels import CLASSES, DROPPED, SYNONYMS
@@ -210,6 +211,25 @@ def test_there_are_cases_and_each_is_of_a_target():
 def test_some_thousand_inputs_of_each_target(name, tmp_path):
     outcome = engine.fuzz(name, 1500, seed=1, found=tmp_path, limit=5.0, hang=60.0)
     assert outcome.runs == 1500 and outcome.findings == [] and outcome.behaviours > 4
+
+
+def test_a_worker_takes_its_own_folder_away_and_no_other(tmp_path, monkeypatch):
+    kept = folder() / "kept"
+    kept.write_text("of the process that starts the workers")
+    monkeypatch.setitem(TARGETS, "sleeper", Target(sleeper, [b"x"]))
+    ended = []
+    monkeypatch.setattr(engine, "remove_folder", lambda process: ended.append(process) or remove_folder(process))
+    engine.fuzz("curve", 50, seed=1, found=tmp_path)
+    engine.fuzz("sleeper", 1, seed=1, found=tmp_path, hang=1.0)
+    assert kept.exists() and len(ended) >= 2
+    assert not [path for process in ended for path in folder().parent.glob(f"fuzz-{process}-*")]
+    kept.unlink()
+
+
+def sleeper(data: bytes) -> object:
+    """A target that leaves a file and never ends."""
+    file_of(data)
+    time.sleep(60)
 
 
 def test_inputs_are_those_of_the_seed():

@@ -15,6 +15,7 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
+from tag.fuzz.inputs import remove_folder
 from tag.fuzz.mutate import Mutator
 from tag.fuzz.targets import TARGETS
 
@@ -50,6 +51,7 @@ def fuzz(name: str, runs: int, seed: int, found: Path, limit: float = 1.0, hang:
         worker.start()
         theirs.close()
         hung = _watch(worker, counter, hang)
+        remove_folder(worker.pid)
         with contextlib.suppress(EOFError):
             behaviours, slowest, findings = ours.recv() if ours.poll() else (0, (0.0, 0), [])
             outcome.behaviours = max(outcome.behaviours, behaviours)

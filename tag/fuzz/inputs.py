@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ from tag.errors import DataError
 
 MAX_MESSAGE = 600  # characters of an error that is one line
 
-_FOLDER: tempfile.TemporaryDirectory | None = None
+IN_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+_FOLDERS: dict[int, tempfile.TemporaryDirectory] = {}  # by process: a fork inherits its parent's, and must not drop it
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,16 @@ def text_of(data: bytes) -> str:
 
 def folder() -> Path:
     """A folder of this process, in memory where there is such a place."""
-    global _FOLDER
-    if _FOLDER is None or str(os.getpid()) not in _FOLDER.name:
-        shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        _FOLDER = tempfile.TemporaryDirectory(prefix=f"fuzz-{os.getpid()}-", dir=shared)
-    return Path(_FOLDER.name)
+    process = os.getpid()
+    if process not in _FOLDERS:
+        _FOLDERS[process] = tempfile.TemporaryDirectory(prefix=f"fuzz-{process}-", dir=IN_MEMORY)
+    return Path(_FOLDERS[process].name)
+
+
+def remove_folder(process: int) -> None:
+    """The folder of a process that has ended, by itself or killed."""
+    for path in Path(IN_MEMORY or tempfile.gettempdir()).glob(f"fuzz-{process}-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def file_of(data: bytes, name: str = "input") -> str:

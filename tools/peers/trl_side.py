@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 
@@ -104,6 +105,13 @@ def common(out: str, steps: int, batch_size: int, device: str, bf16: bool, recom
     }
 
 
+def as_users_have_it(vlm: VLM) -> nn.Module:
+    """The model with the layers and the vision tower of transformers, without ours."""
+    vlm.compute_by(hf_tower=True)
+    use_onednn(vlm.hf_model, False)
+    return vlm.hf_model
+
+
 def grpo_steps(
     vlm: VLM,
     records: Sequence[Record],
@@ -134,9 +142,8 @@ def grpo_steps(
     )  # fmt: skip
     count = len(records)
     table = {"prompt": [question()] * count, "image": faces(records, image_root), "index": list(range(count))}
-    use_onednn(vlm.hf_model, False)  # layers as TRL's users have them
     trainer = GRPOTrainer(
-        vlm.hf_model, rewards, config, Dataset.from_dict(table), processing_class=processor_of(vlm),
+        as_users_have_it(vlm), rewards, config, Dataset.from_dict(table), processing_class=processor_of(vlm),
         peft_config=lora, callbacks=[StepTimes(on_step)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
@@ -168,9 +175,8 @@ def sft_steps(
     answers = [[{"role": "assistant", "content": record.trace}] for record in records]
     images = [[face] for face in faces(records, image_root)]
     table = {"prompt": [question()] * len(records), "completion": answers, "images": images}
-    use_onednn(vlm.hf_model, False)
     trainer = SFTTrainer(
-        vlm.hf_model, config, train_dataset=Dataset.from_dict(table), processing_class=processor_of(vlm),
+        as_users_have_it(vlm), config, train_dataset=Dataset.from_dict(table), processing_class=processor_of(vlm),
         peft_config=lora, callbacks=[StepTimes(on_step)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
