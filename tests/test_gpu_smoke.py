@@ -13,6 +13,7 @@ import torch
 from helpers import load_tool
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+import tag.tower
 from tag.random_vlm import config_7b, random_vlm
 from tag.tiny.checkpoint import build_config
 from tag.vlm import TINY_MODEL
@@ -32,7 +33,9 @@ def test_both_steps_on_a_cpu(tmp_path, flags, capsys):
     found = json.loads(out.read_text())
     assert found["passed"] and found["grpo"]["gates"] == dict.fromkeys(("mismatch", "ratio", "reference"))
     assert found["fast_tests"] == "passed" and found["hardware"]["cpus"] and found["versions"]["torch"]
-    sft, grpo = found["sft"], found["grpo"]
+    sft, grpo, tower = found["sft"], found["grpo"], found["tower"]
+    assert tower["faces"] == 4 and set(tower["seconds"]) == {"ours", "transformers"}
+    assert 0 <= tower["relative_difference"] < (0.02 if "bfloat16" in flags else 1e-5)
     assert set(sft["seconds"]) == {"encode", "forward_backward", "optimizer"}
     stages = {"encode", "refresh", "prefill_decode", "reward", "reference", "forward_backward", "optimizer", "warm_up"}
     assert set(grpo["seconds"]) == stages
@@ -56,6 +59,13 @@ def test_a_failed_gate_is_an_exit_code_and_still_written(tmp_path, monkeypatch, 
     found = json.loads(out.read_text())
     assert not found["passed"] and "dropout on" in found["grpo"]["gates"]["mismatch"]
     assert "GATE FAILED, mismatch" in capsys.readouterr().err
+
+
+def test_a_tower_that_is_not_transformers_is_an_exit_code(tmp_path, monkeypatch, capsys):
+    forward = tag.tower.PatchEmbed.forward
+    monkeypatch.setattr(tag.tower.PatchEmbed, "forward", lambda self, patches: 1.01 * forward(self, patches))
+    assert tool.main([*TINY, "--out", str(tmp_path / "smoke.json")]) == 1
+    assert "GATE FAILED, tower: states differ" in capsys.readouterr().err
 
 
 def test_the_7b_configuration_has_the_7b_size():

@@ -10,8 +10,9 @@ embedded default, so nothing is downloaded. The steps call the project's own par
 train_grpo.py. A random model earns no reward, so the advantages are drawn at random; and it never stops, so every
 completion is as long as it may be.
 
-Writes one JSON: hardware, versions, seconds and peak memory of every stage, decoding speed (with CUDA graphs as well),
-sampled vs re-scored log-probs, gates. Exit code 1 if a gate fails.
+Writes one JSON: hardware, versions, seconds and peak memory of every stage, the vision tower as ours and as
+transformers', decoding speed (with CUDA graphs as well), sampled vs re-scored log-probs, gates. Exit code 1 if a gate
+fails.
 """
 
 import argparse
@@ -54,6 +55,7 @@ SIZES = {
     "7b": dict(dtype="bfloat16", max_new_tokens=512, lora_rank=128, sft_faces=8),
     "tiny": dict(dtype="float32", max_new_tokens=24, lora_rank=8, sft_faces=4),
 }
+TOWER_BOUNDS = {"bfloat16": 0.1, "float32": 1e-4}  # mean difference of its states over their mean size
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -79,6 +81,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, value)
     check(args.group_size >= 2 and args.prompts >= 1, "--group-size must be at least 2 and --prompts at least 1")
     return args
+
+
+# ---- the vision tower -------------------------------------------------------------------------------------------
+
+
+def tower_both_ways(vlm: VLM, faces: Faces, count: int, here: dist.Dist) -> dict:
+    """States of `count` faces by tag/tower.py and by transformers: seconds of each, and how far they are apart."""
+    stages, states = Stages(here.device), {}
+    for name in ("ours", "transformers"):
+        vlm.compute_by(hf_tower=name == "transformers")
+        faces.tower(range(count))  # a first call chooses kernels
+        stages.restart()
+        states[name] = faces.tower(range(count)).float()  # (B, patches, D)
+        stages.lap(name)
+    vlm.compute_by()
+    apart = (states["ours"] - states["transformers"]).abs().mean() / states["transformers"].abs().mean()
+    return {"faces": count, "seconds": stages.seconds, "peak_gib": stages.peak_gib, "relative_difference": float(apart)}
 
 
 # ---- the two steps ----------------------------------------------------------------------------------------------
@@ -257,6 +276,7 @@ def measure(args, here: dist.Dist, folder: str) -> dict:
     records = write_dataset(folder, "train", max(args.sft_faces, args.prompts), workers=1)
     faces = Faces(records, folder, vlm, cache_gb=0)  # nothing is kept, so that encoding is measured
 
+    tower = tower_both_ways(vlm, faces, len(records), here)
     sft = sft_step(vlm, faces, records[: args.sft_faces], args, here)
     gc.collect()  # the optimizer's moments
     engine = RolloutEngine(vlm, args.prompts * args.group_size, args.max_new_tokens)
@@ -267,7 +287,7 @@ def measure(args, here: dist.Dist, folder: str) -> dict:
         "gib": round(sum(size for *_, size in table) / 2**30, 2),
         "seconds_to_build": stages.seconds["build"],
     }
-    return {"model": model, "sft": sft, "grpo": grpo}
+    return {"model": model, "tower": tower, "sft": sft, "grpo": grpo}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -285,9 +305,12 @@ def main(argv: list[str] | None = None) -> int:
     card |= {"command": shlex.join(["python", "tools/gpu_smoke.py", *(sys.argv[1:] if argv is None else argv)])}
     card |= {"hardware": hardware(here.device), "fast_tests": args.fast_tests}
     complaints = [f"{name}: {text}" for name, text in found["grpo"]["gates"].items() if text]
+    apart = found["tower"]["relative_difference"]
+    if not apart <= TOWER_BOUNDS[args.dtype]:
+        complaints.append(f"tower: states differ from transformers' by {apart:.1e}; --hf-tower does without ours")
     with replacing(args.out) as f:
         f.write(json.dumps(card | {"passed": not complaints} | found, indent=2) + "\n")
-    for stage in ("sft", "grpo"):
+    for stage in ("tower", "sft", "grpo"):
         seconds = ", ".join(f"{name} {value:.3g}" for name, value in found[stage]["seconds"].items())
         print(f"{stage:5} seconds: {seconds}; peak GiB: {max(found[stage]['peak_gib'].values(), default=0):.1f}")
     decode, off = found["grpo"]["decode"], found["grpo"]["logprob_mismatch"]
