@@ -51,6 +51,11 @@ class SegmentAttention(Qwen2_5_VLVisionAttention):
         return self.proj(attended.transpose(1, 2).reshape(L, -1))
 
 
+def window_side(visual: nn.Module) -> int:
+    """Merged tokens a side of an attention window."""
+    return visual.window_size // visual.patch_size // visual.spatial_merge_size
+
+
 PLAIN = {PatchEmbed: Qwen2_5_VisionPatchEmbed, SegmentAttention: Qwen2_5_VLVisionAttention}
 
 
@@ -59,8 +64,7 @@ def use_one_size(visual: nn.Module, grid: int, on: bool = True) -> None:
     transformers does, again. Parameters and their names stay. A tower whose windows do not divide such an image is left
     as it is: they would differ in size.
     """
-    window = visual.window_size // visual.patch_size // visual.spatial_merge_size  # merged tokens a side
-    if on and grid // visual.spatial_merge_size % window:
+    if on and grid // visual.spatial_merge_size % window_side(visual):
         return
     classes = {plain: ours for ours, plain in PLAIN.items()} if on else PLAIN
     for module in visual.modules():

@@ -30,7 +30,7 @@ from tag.grpo import token_logprobs_and_entropy
 from tag.linear import use_onednn
 from tag.lora import LoRALinear, full_tensor
 from tag.prompts import TAG_PROMPT
-from tag.tower import use_one_size
+from tag.tower import use_one_size, window_side
 
 PROJECTOR = "model.visual.merger"  # trained in full in SFT
 TINY_MODEL = Path(__file__).parent / "assets" / "tiny-qwen2.5-vl"
@@ -48,8 +48,6 @@ class VLM(nn.Module):
         self.hf_model = hf_model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.dense_attention = False  # True: one L x L mask instead of blocks, the plain path that tests compare with
-        self.frozen_shortcut = True  # gradient through a frozen head on the way forward (tag/grpo.py)
         self.kept_projectors: dict[str, dict[str, Tensor]] = {}
         self.source = source  # where the base came from, for the run card and adapter_config.json
         self.text_config = hf_model.config.text_config
@@ -61,12 +59,13 @@ class VLM(nn.Module):
         self.merge_size = vision.spatial_merge_size
         self.grid = MODEL_SIZE // vision.patch_size  # 16 patches a side
         self.tokens_per_image = (self.grid // self.merge_size) ** 2  # K
-        self.window = vision.window_size // vision.patch_size // self.merge_size  # merged tokens a window side
-        use_one_size(hf_model.model.visual, self.grid)
+        self.window = window_side(hf_model.model.visual)
+        self.compute_by()
 
     def compute_by(self, dense_attention: bool = False, frozen_shortcut: bool = True, hf_tower: bool = False) -> None:
-        """How it computes: attention in rows instead of blocks, no gradient of a frozen head on the way forward, the
-        vision tower as transformers has it. None of it changes a result beyond rounding."""
+        """How it computes, which never changes a result beyond rounding. dense_attention: one L x L mask for a row
+        instead of blocks, the plain path that tests compare with. frozen_shortcut: gradient through a frozen head on
+        the way forward (tag/grpo.py). hf_tower: the vision tower as transformers has it, without tag/tower.py."""
         self.dense_attention, self.frozen_shortcut = dense_attention, frozen_shortcut
         use_one_size(self.hf_model.model.visual, self.grid, on=not hf_tower)
 

@@ -16,7 +16,6 @@ features is off, every step encodes its faces. Scoring of TRL holds the vision t
 """
 
 import argparse
-import gc
 import sys
 import tempfile
 from pathlib import Path
@@ -31,11 +30,11 @@ import train_grpo
 from tag import dist
 from tag.args import check
 from tag.bench.flags import peer_parser, run_bench, with_sizes
-from tag.bench.measure import median
+from tag.bench.measure import free_memory, median
 from tag.bench.our_side import StepClock, run_script
 from tag.bench.output import bars_svg, card, print_table, write_json, write_text
 from tag.bench.workload import bench_vlm
-from tag.data.records import write_records
+from tag.data.records import read_records, write_records
 from tag.lora import add_lora, save_adapter
 from tag.rewards import score_completion
 from tag.synth.dataset import write_dataset
@@ -67,8 +66,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def our_steps(args, folder: Path, records: list, here: dist.Dist, number: int) -> list[dict]:
-    """Steps of train_grpo.py in one round, which finds the records in `folder`."""
+def our_steps(args, folder: Path, here: dist.Dist, number: int) -> list[dict]:
+    """Steps of train_grpo.py in one round, on the records in `folder`."""
     vlm = bench_vlm(args.config, here.device, args.dtype)
     add_lora(vlm.hf_model, args.lora_rank, 2.0 * args.lora_rank, 0.0)
     save_adapter(vlm.hf_model, folder / "adapter")
@@ -89,11 +88,11 @@ def our_steps(args, folder: Path, records: list, here: dist.Dist, number: int) -
     return clock.measured
 
 
-def trl_steps(args, folder: Path, records: list, here: dist.Dist, number: int) -> list[dict]:
-    """Steps of TRL's GRPOTrainer in one round."""
+def trl_steps(args, folder: Path, here: dist.Dist, number: int) -> list[dict]:
+    """Steps of TRL's GRPOTrainer in one round, on the same records."""
     from trl import GRPOTrainer
 
-    vlm = bench_vlm(args.config, here.device, args.dtype)
+    vlm, records = bench_vlm(args.config, here.device, args.dtype), read_records(folder / "train.jsonl")
     clock = StepClock(here.device, args.warmup, args.repeats, args.seconds / 2)
     settings = trl_side.common(
         str(folder / f"trl-{number}"), args.warmup + args.repeats, args.rollouts, here.device.type,
@@ -130,15 +129,12 @@ def main(argv: list[str] | None = None) -> None:
         one_round = argparse.Namespace(**vars(args))
         one_round.repeats, one_round.seconds = -(-args.repeats // args.rounds), args.seconds / args.rounds
         count = (args.warmup + one_round.repeats) * args.rollouts // args.group_size
-        records = write_dataset(folder, "train", count, workers=1)
-        write_records(folder / "train.jsonl", records)
+        write_records(folder / "train.jsonl", write_dataset(folder, "train", count, workers=1))
         sides = {"ours": []} | ({"trl": []} if args.peer == "trl" else {})
         for number in range(args.rounds):  # in turn, so that what else the machine does meets both
             for side, steps in sides.items():
-                steps += STEPS[side](one_round, folder, records, here, number)
-                gc.collect()
-                if here.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                steps += STEPS[side](one_round, folder, here, number)
+                free_memory(here.device)
     medians = {side: summary(steps) for side, steps in sides.items()}
     tokens = args.rollouts * args.max_new_tokens
     results = {"unit": "s", "medians": medians, "completion_tokens": tokens, "steps": sides}

@@ -20,7 +20,6 @@ in step, at the paper's batch of 256 and its lengths.
 """
 
 import argparse
-import gc
 import sys
 import tempfile
 from pathlib import Path
@@ -34,7 +33,7 @@ import trl_side
 import train_sft
 from tag import dist
 from tag.bench.flags import peer_parser, run_bench, with_sizes
-from tag.bench.measure import matrix_rate, median
+from tag.bench.measure import free_memory, matrix_rate, median
 from tag.bench.our_side import StepClock, run_script
 from tag.bench.output import card, print_table, write_json
 from tag.bench.workload import bench_vlm, packing_fill, text_parameters
@@ -111,9 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         lengths = [len(vlm.encode_completion(r.trace)) for r in records]
         weights = text_parameters(vlm)
         del vlm
-        gc.collect()
-        if here.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(here.device)
         sides = {"ours": first, "ours, cached": later}
         if args.peer == "trl":
             sides["trl"] = trl_steps(args, folder, records, here)

@@ -17,7 +17,6 @@ processor time. Negative at `--beta 0`, where a step leaves the reference pass o
 """
 
 import argparse
-import gc
 import io
 import json
 import sys
@@ -36,7 +35,7 @@ from tag import dist
 from tag.args import check
 from tag.bench.flags import bench_parser, run_bench, with_sizes
 from tag.bench.forks import reward_of_text
-from tag.bench.measure import median
+from tag.bench.measure import free_memory, median
 from tag.bench.our_side import OUR_PARTS, StepClock, replaced, run_script
 from tag.bench.output import card, print_table, write_json
 from tag.bench.workload import bench_vlm
@@ -109,9 +108,7 @@ def one_step(args, folder: Path, here: dist.Dist, side: str) -> dict[str, float]
             run_script(script, [*words(flags), *switches], vlm, here, clock, OUR_PARTS)
         lines = [json.loads(line) for line in (Path(out) / "run" / "metrics.jsonl").read_text().splitlines()]
     del vlm
-    gc.collect()
-    if here.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(here.device)
     (step,) = clock.measured
     logged = next(line for line in lines if line["step"] == 1 and "grad_norm" in line)
     kept = (*SECONDS, "grad_norm", "logprob_mismatch_p99")

@@ -183,6 +183,13 @@ def operators(call: Callable[[], object], top: int = 12) -> list[dict]:
 # ---- memory -----------------------------------------------------------------------------------------------------
 
 
+def free_memory(device: torch.device) -> None:
+    """Let go of garbage, and on a GPU of what the allocator keeps."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that `call` needed at most on top of what was there before; None where the system does not tell.
 
@@ -190,9 +197,8 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
     first, or a call that reuses it would seem to need nothing. Needs a warm-up call before: libraries load with first
     calls.
     """
-    gc.collect()
+    free_memory(device)
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()

@@ -5,12 +5,13 @@ with what all threads hold at that moment; the stages are told apart by an empty
 """
 
 import ctypes
-import gc
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from tag.bench.measure import free_memory
 
 MARK = 7_777_777  # bytes; never touched, so no page of it exists
 
@@ -30,9 +31,8 @@ class AllocatedBytes:
         self.left: dict[str, int] = {}
 
     def __enter__(self) -> "AllocatedBytes":
-        gc.collect()
+        free_memory(self.device)
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             self.counting = _counts_all_threads()
